@@ -16,14 +16,15 @@ Source: arXiv:2202.13914, arXiv:2211.03831
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...base.errors import PeftValueError
-from ...ops.dispatch import is_autocast, is_eager, shapes
+from ...ops.dispatch import is_autocast, shapes
 from ...ops.fused_linear import Chain, Ends
 from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import with_kernel
@@ -128,10 +129,8 @@ def poly_chain(
     if not pays:
         A_w, B_w = mix(weights, A, B)
         return Chain(x, A_w, (B_w,), scale=scale)
-    if not torch.is_grad_enabled() and is_eager() and has_small_mixings(A):
-        return decoding_chain(x, mixings(weights, scale), A, B, tokens)
-    make = _rank_space_chain if shapes(A)[0][0] == 1 else _split_rank_space_chain
-    return make(x, weights, A, B, scale, tokens)
+    mixed = functools.partial(_mixed_at_rank, scale=scale, tokens=tokens)
+    return _rank_space_chain(x, weights, A, B, skill_columns(A), mixed)
 
 
 def decoding_chain(
@@ -142,31 +141,24 @@ def decoding_chain(
 
     Args:
         x: `[rows, ..., in]`.
-        mixing: `mixings` of each sample, `[batch, n_splits·n_skills, n_splits·n_skills]`.
+        mixing: `mixings` of each sample.
         tokens: Number of rows of each sample.
         columns: `skill_columns(A)`, if that is cached.
     """
-    n_splits, n_skills, width, r = A.shape
-    size = n_skills * r
 
-    def ends(x: Tensor, A: Tensor, B: Tensor, mixing: Tensor) -> Ends | Tensor:
-        if n_splits > 1:
-            down = skill_columns(A) if columns is None else columns
-            h = x.reshape(-1, n_splits, width).transpose(0, 1) @ down
-            h = h.view(n_splits, -1, n_skills, r).transpose(0, 1).flatten(1, 2)
-        elif columns is None:  # a product for each skill saves the copy of `skill_columns`
-            h = torch.bmm(x.reshape(1, -1, width).expand(n_skills, -1, width), A[0])
-            h = h.transpose(0, 1)
-        else:
-            h = (x.reshape(-1, width) @ columns[0]).view(-1, n_skills, r)
-        if tokens != 1:
-            mixing = mixing.repeat_interleave(tokens, 0)
-        p = torch.bmm(mixing, h)
-        if n_splits == 1:
-            return Ends(p.view(-1, size), B.view(size, -1))
-        return (p.view(-1, n_splits, size).transpose(0, 1) @ B.flatten(1, 2)).transpose(0, 1)
+    def mixed(h: Tensor, mixing: Tensor) -> Tensor:
+        return torch.bmm(mixing if tokens == 1 else mixing.repeat_interleave(tokens, 0), h)
 
-    return Chain(widened(x, A.dtype), None, (A, B, mixing), ends)
+    if columns is not None or A.shape[0] > 1:
+        columns = skill_columns(A) if columns is None else columns
+        return _rank_space_chain(x, mixing, A, B, columns, mixed)
+
+    def ends(x: Tensor, A: Tensor, up: Tensor, mixing: Tensor) -> Ends:
+        # A product for each skill saves the copy of `skill_columns`.
+        h = torch.bmm(x.reshape(1, -1, A.shape[1]).expand(A.shape[0], -1, -1), A)
+        return Ends(mixed(h.transpose(0, 1), mixing).view(-1, up.shape[0]), up)
+
+    return Chain(widened(x, A.dtype), None, (A[0], B.flatten(0, 2), mixing), ends)
 
 
 def mixings(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -188,42 +180,34 @@ def has_small_mixings(A: Tensor) -> bool:
 
 
 def _rank_space_chain(
-    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
+    x: Tensor,
+    weights: Tensor,
+    A: Tensor,
+    B: Tensor,
+    columns: Tensor,
+    mixed: Callable[[Tensor, Tensor], Tensor],
 ) -> Chain:
-    """Return the chain in rank space for one split:
-    `h_s = x A_s`, `z = Σ_s w_s h_s`, `Δ = Σ_s (scale · w_s z) B_s`.
-    """
-    ((_, n_skills, _, r),) = shapes(A)
-
-    def middle(h: Tensor, up: Tensor, weights: Tensor) -> Ends:
-        h = _mix_at_rank(h.view(-1, n_skills, r), weights, scale, tokens)
-        return Ends(h.view(-1, n_skills * r), up)
-
-    return Chain(x, skill_columns(A)[0], (B.flatten(0, 2), weights), middle)
-
-
-def _split_rank_space_chain(
-    x: Tensor, weights: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, tokens: int
-) -> Chain:
-    """Return the chain in rank space for several splits:
-    `h_qs = x_q A_qs`, `z = Σ_qs w_qs h_qs`, `Δ_q = Σ_s (scale · w_qs z) B_qs`.
-
-    Each split has factors of its own, so the chain has no first and last product of all features.
+    """Return the chain in rank space, `h_qs = x_q A_qs`, `p = mixed(h, weights)`,
+    `Δ_q = Σ_s p_qs B_qs`, for the `skill_columns` of `A`. Several splits have no first and last
+    product of all features.
     """
     ((n_splits, n_skills, width, r),) = shapes(A)
-    up = B.flatten(1, 2)  # [n_splits, n_skills * r, out / n_splits]
+    size = n_skills * r
+
+    def ends(h: Tensor, up: Tensor, weights: Tensor) -> Ends:
+        return Ends(mixed(h.view(-1, n_skills, r), weights).view(-1, size), up)
 
     def delta(x: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
         h = x.reshape(-1, n_splits, width).transpose(0, 1) @ down  # [n_splits, rows, n_skills * r]
-        h = h.unflatten(2, (n_skills, r)).transpose(0, 1).flatten(1, 2)
-        h = _mix_at_rank(h, weights, scale, tokens)
-        h = h.view(-1, n_splits, n_skills * r).transpose(0, 1)
-        return (h @ up).transpose(0, 1).reshape(-1, n_splits * up.shape[2])
+        h = mixed(h.unflatten(2, (n_skills, r)).transpose(0, 1).flatten(1, 2), weights)
+        return (h.view(-1, n_splits, size).transpose(0, 1) @ up).transpose(0, 1)
 
-    return Chain(widened(x, A.dtype), None, (skill_columns(A), up, weights), delta)
+    if n_splits == 1:
+        return Chain(x, columns[0], (B.flatten(0, 2), weights), ends)
+    return Chain(widened(x, A.dtype), None, (columns, B.flatten(1, 2), weights), delta)
 
 
-def _mix_at_rank(h: Tensor, weights: Tensor, scale: float | Tensor, tokens: int) -> Tensor:
+def _mixed_at_rank(h: Tensor, weights: Tensor, scale: float | Tensor, tokens: int) -> Tensor:
     """Return `scale · w (wᵀ h)` for each row, both products of the mixing in rank space:
     `h [rows, n_splits·n_skills, r]`, `weights [batch, n_splits, n_skills]`, and `tokens` rows of
     each sample.
