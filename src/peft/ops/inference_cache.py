@@ -104,11 +104,7 @@ class InferenceCache:
             for r in results.values()
             for s, c in zip(r.sources, r.copies or (), strict=True)
         }
-        return (
-            results
-            if all(_is_there(source) and _same(source, copy) for source, copy in pairs.values())
-            else {}
-        )
+        return results if all(_same(*pair) for pair in pairs.values()) else {}
 
     def put(self, adapter_name: str, results: _Results) -> None:
         """Keep those of an adapter's results that can be compared."""
@@ -146,13 +142,13 @@ class _Call(AbstractContextManager):
 
     def copies_of(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Return copies to compare with; layers that share a bank share its copy."""
-        return tuple([self._copy(source) for source in sources]) if _can_compare(sources) else None
-
-    def _copy(self, source: Tensor) -> Tensor:
-        copy = self._copies.get(id(source))
-        if copy is None or not _same(source, copy):
-            copy = self._copies[id(source)] = source.detach().clone()
-        return copy
+        if not _can_compare(sources):
+            return None
+        for source in sources:
+            copy = self._copies.get(id(source))
+            if copy is None or not _same(source, copy):
+                self._copies[id(source)] = source.detach().clone()
+        return tuple([self._copies[id(source)] for source in sources])
 
 
 class _Thread(threading.local):
@@ -194,7 +190,10 @@ def cached(
     result = results.get(key)
     if result is None or not result.is_of(sources, options):
         results.pop(key, None)
-        if not _can_keep(call, sources):
+        for source in sources:
+            if type(source) not in PLAIN_TENSORS or source.is_inference() or source.is_meta:
+                return None
+        if not (call.runs_often or _can_compare(sources)):
             return None
         result = results[key] = _Result(make(), sources, call.copies_of(sources), options)
     return cast(T, result.value)
@@ -213,26 +212,18 @@ def reuse(
     return make() if value is None else value
 
 
-def _can_keep(call: _Call, sources: tuple[Tensor, ...]) -> bool:
-    for source in sources:
-        if type(source) not in PLAIN_TENSORS or source.is_inference() or source.is_meta:
-            return False
-    return call.runs_often or _can_compare(sources)
-
-
 def _can_compare(tensors: tuple[Tensor, ...]) -> bool:
     return all(tensor.device.type == "cpu" and tensor.numel() <= LARGEST for tensor in tensors)
 
 
-def _is_there(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory: engines that shard parameters free it between calls."""
-    return tensor.untyped_storage().nbytes() > 0
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(tensor: Tensor, copy: Tensor) -> bool:
+    """Return whether a tensor is what it was; one without memory, which engines that shard
+    parameters free between calls, is not.
+    """
     return (
-        one.dtype == other.dtype
-        and one.device == other.device
-        and one.shape == other.shape
-        and torch.equal(one, other)
+        tensor.untyped_storage().nbytes() > 0
+        and tensor.dtype == copy.dtype
+        and tensor.device == copy.device
+        and tensor.shape == copy.shape
+        and torch.equal(tensor, copy)
     )
