@@ -37,12 +37,14 @@ from ...ops.dispatch import shapes
 from ...ops.fused_linear import Chain
 from ...ops.mixed_precision import widened
 from .blocks import BLOCKS
-from .order import Contraction, State, contraction_order
+from .order import State, contraction_order
 
 Maps: TypeAlias = tuple[Tensor, ...]
 """Maps `[to, from]` of one side of the product, the first applied first."""
 
 MapShapes: TypeAlias = tuple[Sequence[int], ...]
+
+Pair: TypeAlias = tuple[int, int]
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -167,26 +169,14 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
     """
     w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, ()), scale)
     w1 = _multiply(w1s)
-    left, *right = shapes(w1, *w2s)
-    # `torch.compile` warns about cached functions.
-    find = _maps_before if torch.compiler.is_compiling() else _cached_maps_before
-    n = find(tuple(left), tuple(right), x.dtype == w1.dtype)
+    # Of two equally cheap orders, the one that begins with `W1` has fewer products in backward; the
+    # other one begins with a product, which can read an input in another precision.
+    order = _order((w1,), w2s, left_first=x.dtype == w1.dtype)
+    n = next(j for i, j in order if i == 1)
     up = (_multiply(w2s[n:]).T,) if n < len(w2s) else ()
     if n == 0:
         return Chain(widened(x, w1.dtype), None, (w1, *up), BLOCKS)
     return Chain(x, _multiply(w2s[:n]).T, (w1, *up), BLOCKS)
-
-
-def _maps_before(left: Sequence[int], right: MapShapes, left_first: bool) -> int:
-    """Return the number of maps of the right side, without kernels, that are applied before `W1` in
-    the cheapest order. Of two equally cheap ones, `left_first` has fewer products in backward; the
-    other one begins with a product, which can read an input in another precision.
-    """
-    order = _contraction((left,), right, left_first=left_first).states
-    return next(j for i, j in order if i == 1)
-
-
-_cached_maps_before = functools.cache(_maps_before)
 
 
 def kronecker_conv(
@@ -247,7 +237,7 @@ def kronecker_conv(
     positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
     grid = grid.movedim((1, 2), (3, 4)) if flat else grid
     (_, left_groups, _, right_groups, *_), *_ = shapes(grid)
-    order = _order(w1s, w2s, left_groups, right_groups, positions)
+    order = _order(w1s, w2s, (left_groups, right_groups), positions)
     y = _apply_maps(grid, w1s, w2s, order, conv)
     y = (y.movedim((1, 2), (3, 4)) if flat else y).flatten(1, 4)
     return y if x.dim() == y.dim() else y[0]
@@ -291,35 +281,31 @@ def _fold_scale(w1s: Maps, w2s: Maps, scale: float | Tensor) -> tuple[Maps, Maps
 
 
 def _order(
-    w1s: Maps, w2s: Maps, left_groups: int, right_groups: int, positions: int
+    w1s: Maps, w2s: Maps, groups: Pair = (1, 1), positions: int = 1, left_first: bool = False
 ) -> tuple[State, ...]:
-    """Return the cheapest order of contraction; `positions` is inputs per output position."""
+    """Return the cheapest order of contraction, for the groups of both sides; `positions` is inputs
+    per output position.
+    """
     # `torch.compile` warns about cached functions.
-    find = _contraction if torch.compiler.is_compiling() else _cached_contraction
-    left, right = tuple(shapes(*w1s)), tuple(shapes(*w2s))
-    return find(left, right, left_groups, right_groups, positions).states
+    find = _states if torch.compiler.is_compiling() else _cached_states
+    return find(tuple(shapes(*w1s)), tuple(shapes(*w2s)), groups, positions, left_first)
 
 
-def _contraction(
-    left: MapShapes,
-    right: MapShapes,
-    left_groups: int = 1,
-    right_groups: int = 1,
-    positions: int = 1,
-    left_first: bool = False,
-) -> Contraction:
+def _states(
+    left: MapShapes, right: MapShapes, groups: Pair, positions: int, left_first: bool
+) -> tuple[State, ...]:
     spatial = next((j for j, shape in enumerate(right) if len(shape) > 2), -1)
     return contraction_order(
-        (*(shape[1] for shape in left), left[-1][0] // left_groups),
-        (*(shape[1] for shape in right), right[-1][0] // right_groups),
+        (*(shape[1] for shape in left), left[-1][0] // groups[0]),
+        (*(shape[1] for shape in right), right[-1][0] // groups[1]),
         spatial=spatial,
         taps=math.prod(right[spatial][2:]),
         stride=positions,
         left_first=left_first,
-    )
+    ).states
 
 
-_cached_contraction = functools.cache(_contraction)
+_cached_states = functools.cache(_states)
 
 
 def _apply_maps(
@@ -327,7 +313,7 @@ def _apply_maps(
     w1s: Maps,
     w2s: Maps,
     order: Sequence[State],
-    conv: Callable[..., Tensor] = F.conv1d,
+    conv: Callable[..., Tensor],
 ) -> Tensor:
     """Apply the maps of both sides to `z [n, g1, b, g2, d, *space]` in an order, which gives
     `[n, g1, a // g1, g2, c // g2, *space']` at its end.
@@ -349,13 +335,6 @@ def _apply_maps(
 
 def _pointwise(z: Tensor, w: Tensor, axis: int, groups: int) -> Tensor:
     """Apply `w [groups · to, from]` along `axis` of `z`; the axis before it indexes the groups."""
-    # The tracer compares graphs made with and without gradients, so both must be the same.
-    trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
-    (_, _, _, _, narrow, *_), (wide, *_) = shapes(z, w)
-    if z.dim() == 5 and (axis == 4 or (narrow < wide and trains)):
-        # Without space this is one matrix product. The batched product below is faster, but
-        # computes a weight gradient for each row before summing.
-        return F.linear(z.transpose(axis, 4), w).transpose(axis, 4)
     y = torch.matmul(w.reshape(groups, -1, w.shape[1]), z.flatten(axis + 1))
     return y.unflatten(-1, z.shape[axis + 1 :])
 
