@@ -4,7 +4,7 @@ layer's product.
 
 Reading or writing an activation once more costs more on a wide layer than an adapter's few
 multiplications. So a chain's last product and its base layer's share the memory of the output, and
-all gradients for an input are added in one memory, those of the next layers that read it too.
+their gradients for the input that of one of them.
 
 `dispatch` chooses between this path, the base layer's output with the chain added to it, and the
 plain path, `base(x) + chain.delta()`.
@@ -25,9 +25,7 @@ from ..base.errors import PeftRuntimeError
 from . import mixed_precision
 from .derivatives import gradients_again
 from .dispatch import is_batched, owns_output, shapes
-from .inference_cache import running_call
 from .mixed_precision import scaled
-from .shared_input import SharedGradient, SharedInput
 
 _SMALL = 16
 """Backward keeps a first product that is at least this many times smaller than the input, and
@@ -87,21 +85,12 @@ class Chain(NamedTuple):
 
 
 def linear_with_chain(layer: nn.Module, x: Tensor, chain: Chain) -> Tensor:
-    """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`.
-
-    Layers that a call of the model runs in a row with one input (query, key and value; gate and up)
-    add their gradients for it in one memory.
-    """
+    """Return `layer(x) + Δ` for a layer that `dispatch.can_fuse`."""
     weight, bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
     if chain.x is not x or not torch.is_grad_enabled():
         return _add_chain(chain, F.linear(x, weight, bias), in_place=True)
     _, down, factors, middle, scale = _checked(chain)
-    total = SharedGradient()
-    if x.requires_grad and (call := running_call()) is not None:
-        if call.input is None or not call.input.is_(x):
-            call.input = SharedInput(x)
-        x, total = call.input.alias, call.input.gradient
-    return _LinearWithChain.apply(x, weight, bias, total, middle, scale, down, *factors)
+    return _LinearWithChain.apply(x, weight, bias, middle, scale, down, *factors)
 
 
 def add_to_output(layer: nn.Module, chain: Chain, result: Tensor) -> Tensor:
@@ -193,7 +182,6 @@ class _Context(Protocol):
 
     middle: Middle
     scale: float
-    total: SharedGradient
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -229,7 +217,6 @@ class _LinearWithChain(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        total: SharedGradient,
         middle: Middle,
         scale: float,
         down: Tensor | None,
@@ -238,7 +225,7 @@ class _LinearWithChain(torch.autograd.Function):
         product = _first_product(x, down)
         small = product.numel() * _SMALL <= x.numel()
         ctx.save_for_backward(x, weight, product if small else None, down, *factors)
-        ctx.middle, ctx.scale, ctx.total = middle, scale, total
+        ctx.middle, ctx.scale = middle, scale
         # Detached, since `matmul` rounds differently if an operand requires a gradient.
         ends = middle(product.detach(), *[tensor.detach() for tensor in factors])
         # The output of `linear` may be a view, which could not be written to.
@@ -258,7 +245,7 @@ class _LinearWithChain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        for_x, for_weight, for_bias, _, _, _, for_down, *for_factors = ctx.needs_input_grad
+        for_x, for_weight, for_bias, _, _, for_down, *for_factors = ctx.needs_input_grad
         x, weight, product, down, *factors = ctx.saved_tensors
         rows = gradient.reshape(-1, weight.shape[0])
         of_bias = rows.sum(0) if for_bias else None
@@ -269,41 +256,22 @@ class _LinearWithChain(torch.autograd.Function):
                 (for_x, for_weight, for_down, *for_factors),
                 (gradient,),
             )
-            return of_x, of_weight, of_bias, None, None, None, *others
+            return of_x, of_weight, of_bias, None, None, *others
         product = _first_product(x, down) if product is None else product
         gradients = _through_middle(ctx, rows, product, factors, (for_x or for_down, *for_factors))
         of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
         of_x = of_down = None
         if for_x:
-            of_x = _gradient_of_input(ctx.total, x, of_product, down, rows, weight)
+            of_x = (
+                of_product.reshape(x.shape).contiguous()
+                if down is None
+                else mixed_precision.up(of_product, down.mT, x)
+            )
+            of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
         if for_down:
             of_down = mixed_precision.across(of_product, _as_operand(x, down)).mT
         of_weight = rows.mT @ x.flatten(0, -2) if for_weight else None
-        return of_x, of_weight, of_bias, None, None, None, of_down, *of_factors
-
-
-def _gradient_of_input(
-    total: SharedGradient,
-    x: Tensor,
-    of_product: Tensor,
-    down: Tensor | None,
-    rows: Tensor,
-    weight: Tensor,
-) -> Tensor | None:
-    """Return the gradient for `x`, or add it to that of other layers and return None."""
-    others = total.get()
-    if down is None:
-        own = of_product.reshape(x.shape).contiguous()
-        of_x = own if others is None else others.add_(own)
-    elif others is None:
-        of_x = mixed_precision.up(of_product, down.mT, x)
-    else:
-        of_x = _add(others, of_product, down.mT)
-    of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
-    if others is not None:
-        return None
-    total.set(of_x)
-    return of_x
+        return of_x, of_weight, of_bias, None, None, of_down, *of_factors
 
 
 def _plain(

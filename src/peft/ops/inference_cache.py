@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import PLAIN_TENSORS, is_eager
-from .shared_input import SharedInput
 
 T = TypeVar("T")
 
@@ -123,13 +122,12 @@ class _Call(AbstractContextManager):
         self.cache, self.runs_often = cache, runs_often
         self.results: dict[str, _Results] = {}
         self._copies: dict[int, Tensor] = {}
-        self.input: SharedInput | None = None  # of the layers that were called last
 
     def __enter__(self) -> None:
         _THREAD.call = self
 
     def __exit__(self, *error: object) -> None:
-        _THREAD.call = self.input = None
+        _THREAD.call = None
         for adapter_name, results in self.results.items():
             self.cache.put(adapter_name, results)
 

@@ -34,7 +34,7 @@ class _Blocks:
             # trace must not depend on whether there are gradients.
             mixed = F.linear(grid.mT, w1).mT
         else:
-            mixed = w1 @ grid
+            mixed = torch.bmm(w1.expand(grid.shape[0], a, b), grid)
         return Ends(mixed.reshape(-1, up.shape[0]), up)
 
     def gradients(
