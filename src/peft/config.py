@@ -40,7 +40,6 @@ from .checkpoint.hub import HubOptions, find_file, pass_over, split_hub_options
 from .checkpoint.paths import as_folder
 
 __all__ = [
-    "NO_EFFECT",
     "LycorisConfig",
     "PeftConfig",
     "TargetedConfig",
@@ -67,10 +66,6 @@ if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not 
 
 C = TypeVar("C", bound="PeftConfig")
 
-# Metadata of a field that does not change what a loaded adapter computes: targets, initialization,
-# dropout, saving options. `affects_output` can also name a property of the config that tells.
-NO_EFFECT = {"affects_output": False}
-
 
 @dataclass
 class PeftConfig:
@@ -94,14 +89,24 @@ class PeftConfig:
         PeftValueError: A value is not allowed. The message names all such values.
     """
 
-    task_type: str | TaskType | None = field(default=None, metadata=NO_EFFECT)
-    peft_type: str | PeftType | None = field(default=None, metadata=NO_EFFECT)
-    auto_mapping: JsonObject | None = field(default=None, metadata=NO_EFFECT)
-    peft_version: str | None = field(default=None, metadata=NO_EFFECT)
-    base_model_name_or_path: str | None = field(default=None, metadata=NO_EFFECT)
-    revision: str | None = field(default=None, metadata=NO_EFFECT)
-    inference_mode: bool = field(default=False, metadata=NO_EFFECT)
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: JsonObject | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
 
+    # Fields that do not change what a loaded adapter computes: targets, initialization, dropout,
+    # saving options.
+    no_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+            "revision", "inference_mode",
+        }
+    )  # fmt: skip
+    # Fields that name entries of the adapter's tensors.
+    labels: ClassVar[tuple[str, ...]] = ()
     # Fields that this package adds to the interface, with the value that a file without them means.
     absent_values: ClassVar[JsonObject] = {}
     # Fields whose keys are names or regular expressions.
@@ -136,6 +141,10 @@ class PeftConfig:
             elif getattr(self, item.name) is None and item.default_factory is not MISSING:
                 setattr(self, item.name, item.default_factory())
         self.validate()
+
+    def affects_output(self, name: str) -> bool:
+        """Return whether a field changes what a loaded adapter computes."""
+        return name not in self.no_effect
 
     def validate(self) -> None:
         """Check all fields, when the config and when the adapter is made.
@@ -411,6 +420,11 @@ class TargetedConfig(PeftConfig):
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
 
+    no_effect: ClassVar[frozenset[str]] = PeftConfig.no_effect | {
+        "target_modules", "exclude_modules", "modules_to_save", "target_parameters",
+        "layers_to_transform", "layers_pattern", "init_weights",
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = plain(getattr(self, name))
@@ -443,6 +457,9 @@ class LycorisConfig(TargetedConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
+    no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {
+        "rank_dropout", "module_dropout", "rank_dropout_scale",
+    }  # fmt: skip
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     # None where a rank beyond a layer's size makes no larger tensors.
     largest_rank: ClassVar[int | None] = LARGEST_SIZE

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -184,9 +184,8 @@ def load_adapter(
         start = method.saved_start(config)
         result = _load_into(self, adapter_name, known, state, source, *options)
         method.adopt_start(adapter_name, start)
-        for item in fields(known):
-            if item.metadata.get("labels"):  # it names entries of the tensors
-                setattr(known, item.name, getattr(config, item.name))
+        for name in known.labels:
+            setattr(known, name, getattr(config, name))
         return result
 
 
@@ -317,7 +316,7 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
     names = [
         item.name
         for item in fields(known)
-        if any(_affects_output(config, item) for config in (known, saved))
+        if any(config.affects_output(item.name) for config in (known, saved))
     ]
     pairs = {n: (getattr(saved, n), getattr(known, n)) for n in names}
     pairs |= {
@@ -334,12 +333,6 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
         raise PeftValueError(
             f"The checkpoint has {'; '.join(differing)}; load it under a new name."
         )
-
-
-def _affects_output(config: PeftConfig, item: Field[object]) -> bool:
-    """Return whether a field of a config changes what a loaded adapter computes."""
-    mark = item.metadata.get("affects_output", True)
-    return getattr(config, mark) if isinstance(mark, str) else mark
 
 
 def _load_into(

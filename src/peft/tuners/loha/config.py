@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...base.registry import PeftType
-from ...config import NO_EFFECT, LycorisConfig, at_least, boolean, number, probability
+from ...config import LycorisConfig, at_least, boolean, number, probability
 
 
 @dataclass
@@ -51,17 +51,17 @@ class LoHaConfig(LycorisConfig):
 
     r: int = 8
     alpha: float = 8
-    rank_dropout: float = field(default=0.0, metadata=NO_EFFECT)
-    module_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    init_weights: bool = field(default=True, metadata=NO_EFFECT)
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
-    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    target_parameters: list[str] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     absent_values: ClassVar[dict[str, Any]] = {

@@ -13,7 +13,6 @@ from ...base.geometry import Geometry
 from ...base.plain_values import is_empty
 from ...base.registry import PeftType
 from ...config import (
-    NO_EFFECT,
     LycorisConfig,
     at_least,
     boolean,
@@ -95,21 +94,21 @@ class LoKrConfig(LycorisConfig):
 
     r: int = 8
     alpha: float = 8
-    rank_dropout: float = field(default=0.0, metadata=NO_EFFECT)
-    module_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
-    rank_dropout_scale: bool = field(default=False, metadata=NO_EFFECT)
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    init_weights: bool | Literal["lycoris"] = field(default=True, metadata=NO_EFFECT)
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
-    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    rank_dropout_scale: bool = False
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    init_weights: bool | Literal["lycoris"] = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
     kronecker_layout: Literal["channels", "flat"] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    target_parameters: list[str] | None = None
     full_matrix: bool = False
     unbalanced_factorization: bool = False
     use_scalar: bool = False

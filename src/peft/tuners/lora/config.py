@@ -14,7 +14,6 @@ from ...base.placeholders import placeholder
 from ...base.plain_values import is_empty
 from ...base.registry import WAY_BACK, PeftType
 from ...config import (
-    NO_EFFECT,
     TargetedConfig,
     at_least,
     boolean,
@@ -175,30 +174,26 @@ class LoraConfig(TargetedConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: float = 8
-    lora_dropout: float = field(default=0.0, metadata=NO_EFFECT)
-    fan_in_fan_out: bool = field(default=False, metadata=NO_EFFECT)
-    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=NO_EFFECT)
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
-    init_lora_weights: bool | str = field(
-        default=True, metadata={"affects_output": "starts_from_weight"}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
-    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(
-        default_factory=dict, metadata={"affects_output": "quantizes_weight"}
-    )
-    eva_config: EvaConfig | None = field(default=None, metadata=NO_EFFECT)
-    corda_config: CordaConfig | None = field(default=None, metadata=NO_EFFECT)
-    lora_ga_config: LoraGAConfig | None = field(default=None, metadata=NO_EFFECT)
+    loftq_config: dict = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     velora_config: dict | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -208,14 +203,18 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    target_parameters: list[str] | None = None
     use_bdlora: dict | None = None
     arrow_config: dict | None = None
     kasa_config: dict | None = None
     ensure_weight_tying: bool = False
 
-    start: str | dict[str, object] | None = field(default=None, metadata=NO_EFFECT)
+    start: str | dict[str, object] | None = None
 
+    no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {
+        "lora_dropout", "fan_in_fan_out", "bias", "start", "eva_config", "corda_config",
+        "lora_ga_config",
+    }  # fmt: skip
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     absent_values: ClassVar[dict[str, object]] = {"start": None}
@@ -262,6 +261,11 @@ class LoraConfig(TargetedConfig):
     def quantizes_weight(self) -> bool:
         """True if the adapter starts with what a quantization of the base weight loses."""
         return self.init_lora_weights == "loftq"
+
+    def affects_output(self, name: str) -> bool:  # noqa: D102
+        if name == "init_lora_weights":
+            return self.starts_from_weight
+        return self.quantizes_weight if name == "loftq_config" else super().affects_output(name)
 
     def validate(self) -> None:
         """Check every field, first those of features that are not implemented."""

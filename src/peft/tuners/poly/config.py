@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 from ...base.registry import PeftType
 from ...config import (
-    NO_EFFECT,
     TargetedConfig,
     at_least,
     boolean,
@@ -96,25 +95,24 @@ class PolyConfig(TargetedConfig):
     Source: arXiv:2202.13914 (Polytropon), arXiv:2211.03831 (multi-head routing)
     """
 
-    # Fields marked `labels` name entries of the adapter's tensors.
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
-    init_weights: bool = field(default=True, metadata=NO_EFFECT)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
     poly_type: Literal["poly", "mope"] = "poly"
     n_tasks: int = 1
     n_skills: int = 4
     n_splits: int = 1
-    task_names: list[str] | None = field(default=None, metadata={**NO_EFFECT, "labels": True})
+    task_names: list[str] | None = None
     routing_level: Literal["sample", "token"] = "sample"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    target_parameters: list[str] | None = None
 
     alpha: float = 1.0
     relaxed_bernoulli: bool = True
     straight_through: bool = False
-    router_dropout: float = field(default=0.0, metadata=NO_EFFECT)
+    router_dropout: float = 0.0
     n_shared_skills: int = 0
     eval_top_k: int | None = None
     router_granularity: Literal["linear", "layer", "block", "coder", "model"] = "linear"
@@ -125,6 +123,11 @@ class PolyConfig(TargetedConfig):
     n_splits_pattern: dict[str, int] = field(default_factory=dict)
     routing_pattern: dict[str, str] = field(default_factory=dict)
 
+    no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {
+        "task_names",
+        "router_dropout",
+    }
+    labels: ClassVar[tuple[str, ...]] = ("task_names",)
     sizes: ClassVar[tuple[str, ...]] = (
         "r",
         "n_skills",

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
-from ...config import NO_EFFECT, TargetedConfig, at_least, boolean, choice, number
+from ...config import TargetedConfig, at_least, boolean, choice, number
 from ...core.routing.task_ids import name_offences
 
 RoutingKind = Literal["task", "fixed", "learned", "arrow", "activation", "phatgoose", "input"]
@@ -84,14 +84,15 @@ class RoutedConfig(TargetedConfig):
     general_experts: JsonObject = field(default_factory=dict)
     general_subtraction: Literal["deltas", "factors"] = "deltas"
     deltas_only: bool = False
-    save_experts: bool = field(default=False, metadata=NO_EFFECT)
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
+    save_experts: bool = False
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
-    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
+    no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {"save_experts"}
     # Fields with sources of adapters.
     _sources: ClassVar[tuple[str, ...]] = ("experts", "general_experts")
     # What messages call the things that `task_ids` name.

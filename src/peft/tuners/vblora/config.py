@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ...base.registry import PeftType
 from ...config import (
-    NO_EFFECT,
     TargetedConfig,
     at_least,
     boolean,
@@ -86,26 +85,30 @@ class VBLoRAConfig(TargetedConfig):
     num_vectors: int = 256
     vector_length: int = 256
     topk: int = 2
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=NO_EFFECT)
-    save_only_topk_weights: bool = field(default=False, metadata=NO_EFFECT)
-    vblora_dropout: float = field(default=0.0, metadata=NO_EFFECT)
-    fan_in_fan_out: bool = field(default=False, metadata=NO_EFFECT)
-    bias: str = field(default="none", metadata=NO_EFFECT)
-    modules_to_save: list[str] | None = field(default=None, metadata=NO_EFFECT)
-    init_vector_bank_bound: float = field(default=0.02, metadata=NO_EFFECT)
-    init_logits_std: float = field(default=0.1, metadata=NO_EFFECT)
-    layers_to_transform: list[int] | int | None = field(default=None, metadata=NO_EFFECT)
-    layers_pattern: list[str] | str | None = field(default=None, metadata=NO_EFFECT)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    save_only_topk_weights: bool = False
+    vblora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = field(default=None, metadata=NO_EFFECT)
-    bank: str | None = field(default=None, metadata=NO_EFFECT)
+    target_parameters: list[str] | None = None
+    bank: str | None = None
     bank_sha256: str | None = None
-    train_topk_weights: bool = field(default=False, metadata=NO_EFFECT)
-    topk_weights_dtype: str = field(default="float32", metadata=NO_EFFECT)
+    train_topk_weights: bool = False
+    topk_weights_dtype: str = "float32"
     pad_last_tile: bool = False
     output_gate: bool = False
 
+    no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {
+        "save_only_topk_weights", "vblora_dropout", "fan_in_fan_out", "bias", "bank",
+        "init_vector_bank_bound", "init_logits_std", "train_topk_weights", "topk_weights_dtype",
+    }  # fmt: skip
     sizes: ClassVar[tuple[str, ...]] = ("r",)
     absent_values: ClassVar[dict[str, object]] = {
         "trainable_token_indices": None,
