@@ -76,9 +76,12 @@ class Recombination:
     name = "recombination"
 
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
-        """Return the runs of the search on seed 100, then, arm by arm, those with its best rate."""
+        """Return the runs of the search on seed 100, then, arm by arm, those with its best rate;
+        then the search of rates for a few texts, and the runs with these.
+        """
         found: list[Run] = []
         final = [Run("final", "head", seed) for seed in seeds]
+        few_texts: list[Run] = []
         for arm, rates in RATES.items():
             tried = {
                 record["options"]["rate"]: record
@@ -90,9 +93,17 @@ class Recombination:
             found += [Run("rates", arm, 100, {"rate": rate}) for rate in wanted]
             if all(rate in tried for rate in wanted):
                 chosen = best(tried.values(), lambda record: record["validation"])
-                options = {"rate": chosen["options"]["rate"], "few": _best_few_rates(chosen)}
+                rate = {"rate": chosen["options"]["rate"]}
+                options = {**rate, "few": _best_few_rates(chosen)}
                 final += [Run("final", arm, seed, options) for seed in seeds]
-        return [*found, *final]
+                ways = Run("ways", arm, 100, rate)
+                few_texts.append(ways)
+                for record in records:
+                    if record["key"] == ways.key:
+                        options = {**rate, "few": _best_few_rates(record)}
+                        few_texts += [Run("few", arm, seed, options) for seed in seeds]
+        few_texts.sort(key=lambda run: run.stage == "few")
+        return [*found, *final, *few_texts]
 
     def measure(self, run: Run, quick: bool) -> Record:
         """Train an arm and measure it on trained and on new cells."""
@@ -189,6 +200,8 @@ class Measurement:
             "training_seconds": round(seconds, 1),
             "data": "quick" if self.quick else _digest(),
         }
+        if self.run.stage in ("ways", "few"):
+            return found | (self._search() if self.run.stage == "ways" else self._new_cells())
         part = "validation" if self.run.stage == "rates" else "test"
         by_cell = {
             multiemo.name(cell): accuracy(self.model_of(i), own[part], **self.told(i))
@@ -248,17 +261,22 @@ class Measurement:
 
     def _mean_on_tuning(self, way: str, rate: float) -> float:
         cells = self.grid["tuning"].values()
-        found = [self._adapted(way, few(own["validation"], 16, 100), rate) for own in cells]
+        found = [self._adapted(way, self._few(own["validation"], 16), rate) for own in cells]
         return sum(
             accuracy(model, own["train"], **told)
             for (model, told, _), own in zip(found, cells, strict=True)
         ) / len(found)
 
+    def _few(self, states: States, count: int) -> Batch:
+        """Return a few texts; those of the first runs are drawn evenly over the classes."""
+        return few(states, count, self.run.seed, evenly=self.run.stage in ("rates", "final"))
+
     def _new_cells(self) -> Record:
         """Return the accuracy on new cells, untrained and from a few texts."""
         measured: list[Record] = []
         for cell, own in self.grid["new"].items():
-            for way, (model, told) in self._untrained(cell).items():
+            untrained = {} if self.run.stage == "few" else self._untrained(cell)
+            for way, (model, told) in untrained.items():
                 measured.append(
                     {"cell": multiemo.name(cell), "way": way, "shots": 0, "numbers": 0}
                     | {"accuracy": accuracy(model, own["test"], **told)}
@@ -266,7 +284,7 @@ class Measurement:
             for way in WAYS[self.run.arm]:
                 for shots in SHOTS[:1] if self.quick else SHOTS:
                     begin = time.process_time()
-                    examples = few(own["train"], shots, self.run.seed)
+                    examples = self._few(own["train"], shots)
                     rate = self.run.options["few"][way]
                     model, told, numbers = self._adapted(way, examples, rate)
                     seconds = round(time.process_time() - begin, 2)

@@ -38,10 +38,19 @@ New = dict[tuple[str, str, int], dict[tuple[str, int], float]]
 def report(records: list[Record], folder: Path) -> str:
     """Return the tables, and draw the figure of the new cells."""
     final = [record for record in records if record["stage"] == "final"]
-    new = new_cells(final)
+    few = [record for record in records if record["stage"] == "few"]
+    evenly = new_cells(final)
+    new = {key: scores for key, scores in evenly.items() if key[2] == 0} | new_cells(few)
     if ("head", "as it is", 0) in new:
         _draw(new, folder / "new_cells.png")
-    parts = [_trained(final), _held_out(new, final), _claims(final, new), _chosen(records)]
+    parts = [
+        _trained(final),
+        _held_out("texts drawn at random", new, [*final, *few]),
+        _claims(final, new),
+        _held_out("texts drawn evenly over the labels", evenly, final),
+        "## The claims with these\n\n" + claims_table(_compared(final, evenly)),
+        _chosen(records),
+    ]
     return "\n\n".join(["# Study 1: results", *parts]) + "\n"
 
 
@@ -85,7 +94,7 @@ def _trained(final: list[Record]) -> str:
     return "## Trained cells, accuracy in per cent\n\n" + "\n".join(lines)
 
 
-def _held_out(new: New, final: list[Record]) -> str:
+def _held_out(title: str, new: New, final: list[Record]) -> str:
     lines = ["| arm | way | numbers | CPU seconds | " + " | ".join(map(str, SHOTS)) + " | others |"]
     lines.append("|---|---|---:|---:|" + "---|" * len(SHOTS) + "---:|")
     for arm, way in dict.fromkeys((arm, way) for arm, way, _ in new):
@@ -94,7 +103,7 @@ def _held_out(new: New, final: list[Record]) -> str:
             for record in final
             if record["arm"] == arm
             for row in record["new"]
-            if row["way"] == way
+            if row["way"] == way and (arm, way, row["shots"]) in new
         ]
         cells = [
             str(interval(new[arm, way, shots])) if (arm, way, shots) in new else ""
@@ -108,7 +117,7 @@ def _held_out(new: New, final: list[Record]) -> str:
             + f" | {change:.1g} |"
         )
     head = (
-        "## New cells, accuracy in per cent, by the number of texts\n\n"
+        f"## New cells, accuracy in per cent, by the number of texts: {title}\n\n"
         "`numbers`: trained for a new cell. `CPU seconds`: the mean of all runs. `others`: the "
         "largest change of a trained cell's logits.\n\n"
     )
@@ -116,12 +125,16 @@ def _held_out(new: New, final: list[Record]) -> str:
 
 
 def _claims(final: list[Record], new: New) -> str:
+    return "## The protocol's claims\n\n" + claims_table(_compared(final, new))
+
+
+def _compared(final: list[Record], new: New) -> list[Claim]:
     def few(arm: str, way: str, shots: int = 16) -> Scores:
         return new.get((arm, way, shots), {})
 
     fresh, row = few("own", "new"), few("poly", "row")
     trained = {arm: trained_cells(final, arm) for arm in NAMES}
-    claims = [
+    return [
         Claim("1", better, [
             ("Poly's row - a new LoRA, 16 texts", row, fresh),
             ("multi-head row - a new LoRA, 16 texts", few("heads", "row"), fresh),
@@ -145,26 +158,30 @@ def _claims(final: list[Record], new: New) -> str:
              few("input", "as it is", 0)),
         ]),
     ]  # fmt: skip
-    return "## The protocol's claims\n\n" + claims_table(claims)
 
 
 def _chosen(records: list[Record]) -> str:
     lines = []
     for arm, name in NAMES.items():
-        own = [record for record in records if record["arm"] == arm]
-        final = [r for r in own if r["stage"] == "final" and r["options"]]
-        if final:
-            options, tried = final[-1]["options"], [r for r in own if r["stage"] == "rates"]
-            rate = options["rate"]
-            edge = at_edge(rate, [r["options"]["rate"] for r in tried])
-            found = [f"{rate}{edge}"]
-            ways = next((r["tuning"] for r in tried if r["options"]["rate"] == rate), {})
-            for way, few_rate in options["few"].items():
-                edge = at_edge(few_rate, [entry["rate"] for entry in ways.get(way, [])])
-                found.append(f"{way} {few_rate}{edge}")
-            lines.append(f"- {name}: {', '.join(found)}")
+        own = [record for record in records if record["arm"] == arm and record["options"]]
+        for stage, search, how in (("final", "rates", "evenly"), ("few", "ways", "at random")):
+            last = next((r["options"] for r in own if r["stage"] == stage), None)
+            tried = [record for record in own if record["stage"] == search]
+            if last is not None:
+                lines.append(f"- {name}, {how}: {_rates(last, tried, search == 'rates')}")
     head = "## Rates that were chosen\n\n`*`: the smallest or largest that was tried.\n\n"
     return head + "\n".join(lines)
+
+
+def _rates(options: Record, tried: list[Record], is_searched: bool) -> str:
+    """Return the rates of a run, marked where they are at an edge of those that were tried."""
+    rate, rates = options["rate"], [record["options"]["rate"] for record in tried]
+    found = [f"{rate}{at_edge(rate, rates) if is_searched else ''}"]
+    ways = next((r["tuning"] for r in tried if r["options"]["rate"] == rate), {})
+    for way, few_rate in options["few"].items():
+        edge = at_edge(few_rate, [entry["rate"] for entry in ways.get(way, [])])
+        found.append(f"{way} {few_rate}{edge}")
+    return ", ".join(found)
 
 
 def _draw(new: New, path: Path) -> None:

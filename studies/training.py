@@ -127,10 +127,12 @@ def accuracy(model: nn.Module, states: States, **told: Any) -> float:
     return (logits(model, states, **told).argmax(-1) == states.labels).float().mean().item()
 
 
-def few(states: States, count: int, seed: int) -> Batch:
-    """Return a batch of a few training texts, as evenly over the classes as they allow."""
+def few(states: States, count: int, seed: int, evenly: bool = False) -> Batch:
+    """Return a batch of a few texts, drawn at random, or evenly over the classes that they have."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(states), generator=generator).tolist()
+    if not evenly:
+        return states.batch(torch.tensor(order[:count]))
     by_class: dict[int, list[int]] = {}
     for number in order:
         by_class.setdefault(int(states.labels[number]), []).append(number)

@@ -91,7 +91,10 @@ def test_recombination_runs_and_reports(cache, tmp_path):
     arms_here = ("head", "own", "heads", "input")
     final = [Run("final", arm, 0, {} if arm == "head" else options) for arm in arms_here]
     records = [_line(study, run, path) for run in final]
-    for record in records:
+    few = [_line(study, Run("few", arm, 0, options), path) for arm in arms_here[1:]]
+    assert all(row["shots"] and "accuracy" in row for record in few for row in record["new"])
+    assert set(_line(study, Run("ways", "own", 100, options), path)["tuning"]) == set(WAYS["own"])
+    for record in [*records, *few]:
         ways = {row["way"] for row in record["new"] if row["shots"]}
         assert ways == set(WAYS[record["arm"]])
     kept = {row["way"]: row["others_change"] for r in records for row in r["new"] if row["shots"]}
@@ -337,7 +340,7 @@ def test_the_front_is_that_of_the_means_and_ties_are_said():
 def test_reports_say_what_another_computation_finds(tmp_path):
     drawn = np.random.default_rng(2)
     way_of = {"poly": ("row", "mean row"), "heads": ("row",), "own": ("new", "weights")}
-    records = []
+    records, few_texts = [], []
     for arm, seed in itertools.product(("shared", "own", "poly", "heads"), range(5)):
         level = {"shared": 0.4, "own": 0.4, "poly": 0.5, "heads": 0.3}[arm]
         new = [
@@ -349,11 +352,14 @@ def test_reports_say_what_another_computation_finds(tmp_path):
         own |= {"options": {"rate": 0.1, "few": {"row": 0.2}}, "new": new}
         cells = {f"c{i}": level + float(drawn.normal(0, 0.02)) for i in range(22)}
         records.append(own | {"trained": cells})
+        few_texts.append(own | {"stage": "few", "options": {"rate": 0.1, "few": {"row": 0.3}}})
     for rate in (0.1, 0.2):
         tuning = {"row": [{"rate": 0.1 * i, "accuracy": 0.5} for i in (1, 2, 3)]}
         records.append({"stage": "rates", "arm": "poly", "options": {"rate": rate}})
         records[-1]["tuning"] = tuning
-    report = Recombination().report(records, tmp_path)
+    report = Recombination().report([*records, *few_texts], tmp_path)
+    random, evenly = report.split("## The claims with these")
+    assert "Poly's row - a new LoRA" in random and "Poly's row - a new LoRA" in evenly
     rows = [line.strip("| ").split(" | ") for line in report.splitlines()]
     verdicts = {row[1]: row[3] for row in rows if row[0] in ("1", "2", "3", "4")}
     assert verdicts == {
@@ -363,7 +369,8 @@ def test_reports_say_what_another_computation_finds(tmp_path):
         "multi-head routing - one shared LoRA, trained cells": "no",
         "weights of adapters - Poly's row, 16 texts": "refuted",
     }
-    assert "- Poly: 0.1*, row 0.2" in report and "| 2.5 | " in report
+    assert "- Poly, evenly: 0.1*, row 0.2" in report and "| 2.5 | " in report
+    assert "- Poly, at random: 0.1, row 0.3" in report
     difference = np.array([
         [
             records[10 + seed]["trained"][f"c{i}"] - records[seed]["trained"][f"c{i}"]
