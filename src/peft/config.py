@@ -40,21 +40,9 @@ from .checkpoint.hub import HubOptions, find_file, pass_over, split_hub_options
 from .checkpoint.paths import as_folder
 
 __all__ = [
-    "LycorisConfig",
-    "PeftConfig",
-    "TargetedConfig",
-    "as_folder",
-    "at_least",
-    "boolean",
-    "choice",
-    "is_int",
-    "name_list",
-    "name_patterns",
-    "number",
-    "pattern_dict",
-    "probability",
-    "regex",
-]
+    "LycorisConfig", "PeftConfig", "TargetedConfig", "as_folder", "at_least", "boolean", "choice",
+    "is_int", "name_list", "name_patterns", "number", "pattern_dict", "probability", "regex",
+]  # fmt: skip
 
 PromptLearningConfig: type  # a placeholder
 
