@@ -58,8 +58,7 @@ class Package:
         found = [*place.glob("*.whl"), *place.glob("*.tar.gz")]
         if done.returncode or len(found) != 1:
             raise RuntimeError(f"pip can't download {self.requirement}: {done.stderr[-1000:]}")
-        with found[0].open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
         if digest != self.sha256:
             found[0].unlink()
             raise RuntimeError(
