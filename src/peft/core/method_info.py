@@ -41,12 +41,13 @@ def low_rank_cost(size: Geometry, r: int) -> AdapterCost:
 
 
 class Role(NamedTuple):
-    """A role of some of a method's parameters, with the settings of the method's papers.
+    """A role of some of a method's parameters, with its settings.
 
     Args:
         parameters: Containers of these parameters, `"vblora_logits_A"`; a single parameter of the
             modules in a container is named behind it, `"poly_router.module_logits"`.
-        lr: The papers' learning rate, None if they have no separate one for this role.
+        lr: Learning rate of the papers, or of this package where they have none; None for that of
+            the other parameters.
         decays: False for parameters without weight decay.
     """
 
