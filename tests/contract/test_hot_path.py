@@ -62,6 +62,21 @@ def test_products_taken_together(leading, first, last, bias, product):
     assert torch.autograd.gradgradcheck(together, operands)
 
 
+@pytest.mark.parametrize("middle", [lambda h, b: h + b, lambda h, b: h], ids=["sum", "same"])
+def test_gradients_that_share_memory_with_others_are_not_written_to(middle):
+    """A function of a method of one's own, whose gradients are the one given: finite differences."""
+    layer = nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False)
+    x, b = normal(5, 4), normal(5, 4)
+
+    def added(x, b):
+        return linear_with_chain(layer, x, Chain(x, None, (b,), middle))
+
+    assert torch.autograd.gradcheck(added, (x, b))
+    y, given = added(x, b), torch.ones(5, 4, dtype=torch.float64)
+    y.backward(given)
+    assert given.eq(1).all()
+
+
 @pytest.mark.parametrize("p", [(6, 2), (2, 3, 2)])
 def test_product_added_in_place(p):
     """First and second derivatives, and that the memory is used."""

@@ -48,8 +48,8 @@ class Ends(NamedTuple):
 Middle: TypeAlias = Callable[..., Ends | Tensor]
 """A function of a chain's first product and its factors. It returns the chain's ends, or the delta
 itself, in the order of the output's elements. If it has a method
-`gradients(gradient, product, factors, wanted)`, that returns those of `product`, in new memory, and
-of the factors, None where not wanted; all activations are contiguous and of the factors' dtype.
+`gradients(gradient, product, factors, wanted)`, that returns those of `product`, in new contiguous
+memory, and of the factors, None where not wanted; what it gets is contiguous and of their dtype.
 """
 
 
@@ -262,11 +262,13 @@ class _LinearWithChain(torch.autograd.Function):
         of_product, *of_factors = cast(list[Tensor], gradients)  # None where none is wanted
         of_x = of_down = None
         if for_x:
-            of_x = (
-                of_product.reshape(x.shape).contiguous()
-                if down is None
-                else mixed_precision.up(of_product, down.mT, x)
-            )
+            if down is not None:
+                of_x = mixed_precision.up(of_product, down.mT, x)
+            else:
+                of_x = of_product.reshape(x.shape)
+                if not hasattr(ctx.middle, "gradients"):
+                    # Autograd may return the memory of a factor's gradient, or of that given.
+                    of_x = of_x.clone(memory_format=torch.contiguous_format)
             of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
         if for_down:
             of_down = mixed_precision.across(of_product, _as_operand(x, down)).mT
