@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from .recombination import Recombination
-from .runs import RESULTS, Study, go_on, read
+from .runs import RESULTS, Study, copy_choices, go_on, read, repeated
 from .served_bytes import ServedBytes
 
 STUDIES: dict[str, Study] = {study.name: study for study in (Recombination(), ServedBytes())}
@@ -23,8 +23,16 @@ def parse() -> argparse.Namespace:
     add("--minutes", type=float, default=10_000, help="start no run after so many minutes")
     add("--report", action="store_true", help="only write the tables and figures")
     add("--quick", action="store_true", help="a few steps: only check that every part runs")
+    add(
+        "--again",
+        action="store_true",
+        help="do runs that are checked in once more, with their rates; needs --output",
+    )
     add("--output", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.again and options.output == RESULTS:
+        parser.error("--again needs --output: a folder for the new runs.")
+    return options
 
 
 def main() -> None:
@@ -32,12 +40,17 @@ def main() -> None:
     options = parse()
     study, folder = STUDIES[options.study], options.output / options.study
     runs = folder / "runs.jsonl"
+    checked_in = RESULTS / options.study / runs.name
+    if options.again:
+        copy_choices(checked_in, runs)
     turns = options.seeds, options.workers, options.minutes, options.quick
     if not options.report and not go_on(study, runs, *turns):
         print(f"Runs are left. The same command goes on; so far: {runs}")
         return
     (folder / "report.md").write_text(study.report(read(runs), folder))
     print(f"{folder / 'report.md'}")
+    if options.again:
+        print(repeated(read(runs), read(checked_in)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, Protocol
 
 RESULTS = Path(__file__).parent / "results"
+MEASURING = ("final", "few")
+"""Stages that measure; those before choose tasks and rates."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,30 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def copy_choices(source: Path, target: Path) -> None:
+    """Write the runs that chose tasks and rates to another file, if it is not there yet."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(run) for run in read(source) if run["stage"] not in MEASURING]
+        target.write_text("".join(f"{line}\n" for line in lines))
+
+
+def repeated(records: list[Record], before: list[Record]) -> str:
+    """Return each arm's mean accuracy in the runs that both have, in per cent."""
+    first = {record["key"]: record for record in before}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if record["stage"] == "final" and record["key"] in first:
+            own = pairs.setdefault(record["arm"], [])
+            own.append((record["test"], first[record["key"]]["test"]))
+    lines = [
+        f"{arm}: {100 * mean(again for again, _ in own):.1f} %, "
+        f"before {100 * mean(earlier for _, earlier in own):.1f} % ({len(own)} runs)"
+        for arm, own in pairs.items()
+    ]
+    return "\n".join(lines)
 
 
 def go_on(

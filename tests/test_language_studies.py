@@ -14,7 +14,7 @@ import pytest
 import torch
 from studies import multiemo, package_data, served_bytes, served_bytes_report, short_sets
 from studies.recombination import FEW_RATES, RATES, WAYS, Recombination
-from studies.runs import Run, go_on, read, search
+from studies.runs import Run, copy_choices, go_on, read, repeated, search
 from studies.served_bytes import ServedBytes
 from studies.size_arms import arms
 from studies.statistics import (
@@ -132,6 +132,22 @@ def test_a_run_is_the_same_first_and_later_in_a_process(cache, study, tmp_path, 
             measurement._train()
         found.append(trained[-1])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_runs_are_repeated_with_the_rates_that_were_chosen(tmp_path):
+    chosen = {"key": "a", "stage": "rates", "arm": "own", "options": {"rate": 1}}
+    measured = [
+        {"key": key, "stage": "final", "arm": "own", "options": {}, "test": test}
+        for key, test in (("b", 0.4), ("c", 0.6), ("d", 0.9))
+    ]
+    source, target = tmp_path / "runs.jsonl", tmp_path / "again" / "runs.jsonl"
+    source.write_text("\n".join(map(json.dumps, [chosen, *measured])))
+    copy_choices(source, target)
+    assert read(target) == [chosen]
+    again = [chosen, {**measured[0], "test": 0.5}, {**measured[1], "test": 0.8}]
+    target.write_text("\n".join(map(json.dumps, again)))
+    copy_choices(source, target)  # what was begun is kept
+    assert repeated(read(target), read(source)) == "own: 65.0 %, before 50.0 % (2 runs)"
 
 
 def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
