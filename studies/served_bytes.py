@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -38,7 +39,7 @@ from .training import accuracy, mixed_batches, optimize
 UPPER = 2
 STEPS, ROWS = 100, 16
 SOURCE_STEPS = 400
-TESTED, TUNED = 12, 4
+TESTED = 12
 FULL = "full training of the layers"
 BANK = 256
 
@@ -56,23 +57,23 @@ class ServedBytes:
         arm; then those with the best rates on the tested tasks, seed by seed.
         """
         found = [Run("selection", FULL, 100, {"task": t, "rate": 2}) for t in short_sets.CANDIDATES]
-        by_use = uses(records)
-        if by_use is None:
+        tasks = tested(records)
+        if tasks is None:
             return found
         for name, arm in arms().items():
-            scores = _scores(records, name, by_use["tuning"])
+            scores = _scores(records, name)
             wanted = search(scores) if arm.rates else []
             found += [
                 Run("rates", name, 100, {"task": task, "rate": number})
                 for number in wanted
-                for task in by_use["tuning"]
+                for task in short_sets.TUNING
             ]
             if all(scores[number] is not None for number in wanted):
                 rate = max(wanted, key=lambda number: scores[number] or 0.0, default=0)
                 found += [
                     Run("final", name, seed, {"task": task, "rate": rate})
                     for seed in seeds
-                    for task in by_use["tested"]
+                    for task in tasks
                 ]
         stages = "selection", "rates", "final"
         return sorted(found, key=lambda run: (stages.index(run.stage), run.seed))
@@ -88,10 +89,9 @@ class ServedBytes:
         return report(records, folder)
 
 
-def uses(records: list[Record]) -> dict[str, list[str]] | None:
-    """Return the tasks by use, in the order of what full training gains over the most frequent
-    label on the validation texts: the first are tested, the next are for tuning. None if that is
-    not known yet.
+def tested(records: list[Record]) -> list[str] | None:
+    """Return the tested tasks: those where full training gains most over the most frequent label on
+    the validation texts. None if that is not known yet.
     """
     selection = [record for record in records if record["stage"] == "selection"]
     if len(selection) < len(short_sets.CANDIDATES):
@@ -99,14 +99,10 @@ def uses(records: list[Record]) -> dict[str, list[str]] | None:
     ranked = sorted(
         selection, key=lambda r: (r["validation"] - r["most_frequent"], r["key"]), reverse=True
     )
-    names = [record["options"]["task"] for record in ranked]
-    return {
-        "tested": names[:TESTED],
-        "tuning": names[TESTED : TESTED + TUNED],
-    }
+    return [record["options"]["task"] for record in ranked[:TESTED]]
 
 
-def _scores(records: list[Record], arm: str, tasks: list[str]) -> list[float | None]:
+def _scores(records: list[Record], arm: str) -> list[float | None]:
     """Return, for each rate of an arm, its mean on the tuning tasks; None where one is missing."""
     found: dict[int, dict[str, float]] = {}
     for record in records:
@@ -115,7 +111,9 @@ def _scores(records: list[Record], arm: str, tasks: list[str]) -> list[float | N
             found.setdefault(options["rate"], {})[options["task"]] = record["validation"]
     by_rate = [found.get(number, {}) for number in range(len(arms()[arm].rates))]
     return [
-        sum(own[task] for task in tasks) / len(tasks) if set(tasks) <= own.keys() else None
+        mean(own[task] for task in short_sets.TUNING)
+        if own.keys() >= {*short_sets.TUNING}
+        else None
         for own in by_rate
     ]
 

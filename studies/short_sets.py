@@ -23,6 +23,11 @@ CANDIDATES = (
 )  # fmt: skip
 """Sets with at least 400 examples that share one list of labels, and texts that fit."""
 
+TUNING = (
+    "multiemo/hotels_sentence_pl", "multiemo/products_sentence_de", "multiemo/reviews_sentence_fr",
+)  # fmt: skip
+"""Sets for choosing rates."""
+
 SOURCES = (
     "multiemo/hotels_sentence_it", "multiemo/medicine_sentence_en",
     "multiemo/medicine_sentence_pt", "multiemo/products_sentence_en",

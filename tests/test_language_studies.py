@@ -194,7 +194,7 @@ def test_served_bytes_takes_the_best_rate_of_the_tuning_tasks(cache):
         assert not any(run.stage == "final" for run in runs)
         records += [
             {"key": run.key, "stage": "rates", "arm": name, "options": run.options}
-            | {"validation": mean + (0.1, -0.1, 0.05, -0.05)[i]}
+            | {"validation": mean + (0.1, -0.05, -0.05)[i]}
             for i, run in enumerate(run for run in runs if run.options["rate"] == rate)
         ]
     final = [r for r in study.runs(records, [0, 1], False) if r.arm == name and r.stage == "final"]
@@ -211,8 +211,8 @@ def test_served_bytes_runs_and_reports(cache, tmp_path):
         own = {"stage": run.stage, "arm": run.arm, "options": run.options, "validation": 0.5}
         with path.open("a") as file:
             file.write(json.dumps({"key": run.key, **own, "most_frequent": 0.4}) + "\n")
-    by_use = served_bytes.uses(read(path))
-    assert len(by_use["tested"]) == 12 and not set(by_use["tested"]) & set(by_use["tuning"])
+    tested = served_bytes.tested(read(path))
+    assert len(tested) == 12 and not set(tested) & {*short_sets.TUNING, *short_sets.SOURCES}
     names = [
         "frozen model", "biases", "row of a shared Poly adapter", "weights of shared LoRA adapters",
         "LoRA, rank 1, every", "LoKr, full matrix, factor 4", "VB-LoRA, own bank, rank 4, 64 vectors",
