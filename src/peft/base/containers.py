@@ -9,10 +9,11 @@ The tensors and modules of adapters are in containers, by adapter name. Containe
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 # Tensors by name, and what modules add by `get_extra_state`.
 StateDict: TypeAlias = dict[str, Any]
@@ -29,10 +30,14 @@ class WeightFollower:
     """Base class of modules around a layer whose weight another, adapted layer owns."""
 
 
-class AdapterModuleDict(AdapterContainer, nn.ModuleDict):
+class AdapterModuleDict(AdapterContainer, nn.ModuleDict, Generic[M]):
     """Modules by adapter name."""
 
     __module__ = "peft.tuners.tuners_utils"
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> M: ...
 
 
 def walk(

@@ -101,14 +101,15 @@ def _machine(pattern: str) -> _Machine | None:
     return None if _ways(tree) <= _FEW else _Machine(tree)
 
 
-def _ways(tree: Any) -> int:
+def _ways(tree: parser.SubPattern) -> int:
     """Return how many ways Python's matcher may go through an expression; all above `_FEW` alike.
 
     A sequence multiplies, alternatives add, and `low` to `high` repetitions of `w` ways have
     `Σ_k w^k`.
     """
     product = 1
-    for kind, argument in tree:
+    argument: Any
+    for kind, argument in tree.data:
         inside = [_ways(body) for body in _bodies(argument)]
         if str(kind).endswith("_REPEAT"):
             low, high, _ = argument
@@ -120,7 +121,7 @@ def _ways(tree: Any) -> int:
     return product
 
 
-def _bodies(argument: Any) -> Iterator[Any]:
+def _bodies(argument: object) -> Iterator[parser.SubPattern]:
     """Yield the expressions inside a part, whose argument is given."""
     if isinstance(argument, parser.SubPattern):
         yield argument
@@ -137,7 +138,7 @@ class _Machine:
         is_inside: True for one that another expression looks for ahead or behind.
     """
 
-    def __init__(self, tree: Any, is_inside: bool = False) -> None:
+    def __init__(self, tree: parser.SubPattern, is_inside: bool = False) -> None:
         self.parsed, self.is_inside = tree.state, is_inside
         self.states: list[tuple[_Test, list[int]]] = []
         self.last = self._state([])
@@ -163,9 +164,9 @@ class _Machine:
         self.states.append((test, following))
         return len(self.states) - 1
 
-    def _sequence(self, tree: Any, following: int) -> int:
+    def _sequence(self, tree: parser.SubPattern, following: int) -> int:
         """Return the first state of a sequence before another state."""
-        runs = [(k, list(run)) for k, run in groupby(tree, lambda part: part[0] in _SINGLE)]
+        runs = [(k, list(run)) for k, run in groupby(tree.data, lambda part: part[0] in _SINGLE)]
         for is_single, run in reversed(runs):
             if is_single:
                 match = compiler.compile(parser.SubPattern(self.parsed, run)).match
@@ -175,7 +176,7 @@ class _Machine:
                     following = self._part(kind, argument, following)
         return following
 
-    def _part(self, kind: Any, argument: Any, following: int) -> int:
+    def _part(self, kind: object, argument: Any, following: int) -> int:
         """Return the first state of a part before another state."""
         if kind in _REPEATS:
             low, high, body = argument
@@ -191,7 +192,7 @@ class _Machine:
             return self._state([following], test)
         raise TooManyWaysError(f"{str(kind).lower()} is in it")
 
-    def _repetition(self, low: int, high: int, body: Any, following: int) -> int:
+    def _repetition(self, low: int, high: int, body: parser.SubPattern, following: int) -> int:
         """Return the first state of a repetition before another state."""
         if not len(body):
             return following

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +63,11 @@ def model_type(model: nn.Module) -> str | None:
 
 def model_config(model: nn.Module, default: JsonObject) -> JsonObject:
     """Return a model's config as a dictionary, a default for a model without one."""
-    config: Any = getattr(model, "config", default)
-    if is_dataclass(config) and not isinstance(config, type):
-        return asdict(config)
-    return config if isinstance(config, dict) else config.to_dict()
+    config = getattr(model, "config", default)
+    if isinstance(config, dict):
+        return config
+    is_plain = is_dataclass(config) and not isinstance(config, type)
+    return asdict(config) if is_plain else config.to_dict()
 
 
 def shift_tokens_right(

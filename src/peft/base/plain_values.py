@@ -63,7 +63,7 @@ def json_object(text: str | bytes, source: object) -> JsonObject:
     )
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return the JSON value for `value`, or `value` itself if there is none; sets and tuples stay.
 
     Example:

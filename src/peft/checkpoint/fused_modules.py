@@ -7,13 +7,16 @@ stacks `[experts, …]`, and rules that tell how tensors of the former become on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from ..base.containers import walk
 from .renamed_modules import Rules, plain_path, rules_of
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 
 class FusedModule(NamedTuple):
@@ -67,12 +70,12 @@ def _of_rules(model: nn.Module, rules: Rules) -> Iterator[tuple[str, FusedModule
                         yield former, FusedModule(owner, name, part, expert)
 
 
-def stacks_rows(rule: Any) -> bool:
+def stacks_rows(rule: WeightTransform) -> bool:
     """Return whether a rule stacks the weights of experts, and puts those of several layers one
     below the other.
     """
-    operations: list[Any] = getattr(rule, "operations", [])  # none, if a rule only renames
-    kinds: Sequence[str] = [type(operation).__name__ for operation in operations]
+    operations = getattr(rule, "operations", [])  # none, if a rule only renames
+    kinds = [type(operation).__name__ for operation in operations]
     if len(rule.target_patterns) != 1 or not all("*" in p for p in rule.source_patterns):
         return False
     if len(rule.source_patterns) == 1:

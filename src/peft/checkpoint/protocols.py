@@ -127,13 +127,13 @@ class CheckpointFormat(Generic[C]):
 
     def stack_experts(
         self, config: C, parts: Sequence[FusedPart], shape: tuple[int, ...] | None
-    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    ) -> tuple[dict[str, Tensor], Mapping[str, float]]:
         """Return the adapter of a stack `[experts, out, in]` by the ends of its keys, made of those
         of single experts, and its `stack_settings`.
         """
         raise NotImplementedError
 
-    def stack_settings(self, config: C, paths: Mapping[int, str]) -> Mapping[str, Any]:
+    def stack_settings(self, config: C, paths: Mapping[int, str]) -> Mapping[str, float]:
         """Return the values of pattern fields for a stack, from a former path of each part."""
         raise NotImplementedError
 

@@ -12,13 +12,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from ..base.containers import walk
 from ..base.errors import CheckpointError
 from ..integrations.distributed import unwrapped_name
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 # Names that adapters insert between a module's path and the names of its tensors.
 _INSERTED = ("base_layer", "original_module", "token_adapter", "modules_to_save")
@@ -37,8 +40,8 @@ class Rules(NamedTuple):
     """
 
     root: str
-    renamings: list[Any]
-    converters: list[Any]
+    renamings: list[WeightRenaming]
+    converters: list[WeightConverter]
     prefix: str
     names: dict[str, bool]
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..base.constants import MODEL_ROOT, ROOT
+from ..base.containers import StateDict
 from ..base.errors import PeftRuntimeError
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .fused_modules import stacks_rows
 from .protocols import AdapterConfig, FusedPart, tuner_class
 
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
+
 
 def build_peft_weight_mapping(
-    weight_conversions: Sequence[object] | None,
+    weight_conversions: Sequence[WeightTransform] | None,
     adapter_name: str,
     peft_config: AdapterConfig | None = None,
 ) -> list[object]:
@@ -89,7 +93,7 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
         def __init__(self, name: str, parts: Mapping[str, torch.dtype]) -> None:
             self.name, self.parts = name, parts
 
-        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def convert(self, input_dict: StateDict, *args: object, **kwargs: object) -> StateDict:
             if not config.inference_mode:
                 raise PeftRuntimeError(
                     f"The checkpoint has `{self.name}` in a form that can't be trained; load it "
@@ -119,7 +123,7 @@ def _converters(adapter_name: str, config: AdapterConfig) -> list[object]:
 
 
 def _stack_converters(
-    rules: Sequence[Any], adapter_name: str, config: AdapterConfig
+    rules: Sequence[WeightTransform], adapter_name: str, config: AdapterConfig
 ) -> list[object]:
     """Return rules that make the adapters of single experts, which earlier versions of a model had
     as layers, one of a stack.
@@ -138,11 +142,11 @@ def _stack_converters(
 
         def convert(
             self,
-            input_dict: dict[str, Any],
+            input_dict: StateDict,
             source_patterns: list[str],
             target_patterns: list[str],
-            **kwargs: Any,
-        ) -> dict[str, Any]:
+            **kwargs: object,
+        ) -> StateDict:
             found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
             for i, pattern in enumerate(source_patterns):
                 part, end = divmod(i, len(layout.expert_tensors))
@@ -180,7 +184,7 @@ def _in_model(end: str, adapter_name: str) -> str:
     return f"{container}.{adapter_name}" + (f".{name}" if name else "")
 
 
-def _numbers_around(rules: Sequence[Any], config: AdapterConfig) -> Iterator[int]:
+def _numbers_around(rules: Sequence[WeightTransform], config: AdapterConfig) -> Iterator[int]:
     """Yield, for each stack of a module, how many later ones of the module a config targets too."""
     owners = [rule.target_patterns[0].rpartition(".")[0] for rule in rules]
     targeted = [

@@ -91,14 +91,9 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's parameters, or the original module and freeze all parameters."""
         if not enabled and not self._disable_adapters:
-            trained = [
-                name
-                for name in self.adapters
-                if any(p.requires_grad for p in self.parameters_of(name))
-            ]
-            self._freeze.begin(
-                [self], (p for name in trained for p in self.parameters_of(name)), trained
-            )
+            own = {name: self.parameters_of(name) for name in self.adapters}
+            trained = [name for name, every in own.items() if any(p.requires_grad for p in every)]
+            self._freeze.begin([self], (p for name in trained for p in own[name]), trained)
         elif enabled:
             self._freeze.end()
         self._disable_adapters = not enabled
@@ -135,9 +130,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Unfreeze or freeze adapters' parameters."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.parameters_of(name) if self.has(name) else ():
-                if (
-                    parameter.requires_grad != requires_grad
-                ):  # with many adapters most are frozen and stay so
+                # With many adapters most are frozen and stay so.
+                if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad and _can_be_trained(parameter))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -192,11 +186,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name in (
-                "original_module",
-                "modules_to_save",
-                "token_adapter",
-            ):
+            inner = ("original_module", "modules_to_save", "token_adapter")
+            if name.startswith("_") or name in inner:
                 raise
             return getattr(self._current(), name)
 
@@ -216,7 +207,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__(module_to_save)
         self.original_module = module_to_save
-        self.modules_to_save = AdapterModuleDict()
+        self.modules_to_save: AdapterModuleDict[nn.Module] = AdapterModuleDict()
         self.modules_to_save.training = self.training
 
     @property

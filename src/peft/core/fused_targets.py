@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.fused_modules import FusedModule, fused_modules
 from ..checkpoint.protocols import FusedPart
 from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
-from .adapted_parameters import parameter_names
+from .adapted_parameters import parameter_names, parameter_shape
 from .base_layer import geometry, innermost, table
 from .targets import exactly, named, pattern_value, select
 from .unmatched_names import layer_choice
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..config import TargetedConfig
 
 C = TypeVar("C", bound="TargetedConfig")
+T = TypeVar("T")
 
 
 class _Converted(NamedTuple):
@@ -35,7 +36,7 @@ class _Converted(NamedTuple):
     """
 
     modules: dict[str, list[tuple[str, FusedModule]]]
-    settings: dict[str, Mapping[str, Any]]
+    settings: dict[str, Mapping[str, float]]
 
 
 def with_stacks(
@@ -65,8 +66,8 @@ def with_stacks(
         parts = [FusedPart(path, p.part, p.expert, own[path]) for path, p in modules]
         place = modules[0][1]
         module = innermost(modules_now[place.module])
-        shape = module._parameters[place.parameter].shape  # type: ignore[union-attr]
-        tensors, found.settings[key] = layout.stack_experts(config, parts, tuple(shape))
+        shape = parameter_shape(module, place.parameter)
+        tensors, found.settings[key] = layout.stack_experts(config, parts, shape)
         start = root + _nested(module, place, found.modules)
         result |= {f"{start}.{end}": tensor for end, tensor in tensors.items()}
     adapted = {
@@ -179,8 +180,8 @@ def _short(wanted: Sequence[str], every: Sequence[str]) -> list[str]:
 
 
 def _patterns(
-    patterns: Mapping[str, Any], own: Mapping[str, Any], gone: Sequence[str], kept: Sequence[str]
-) -> dict[str, Any]:
+    patterns: Mapping[str, T], own: Mapping[str, T], gone: Sequence[str], kept: Sequence[str]
+) -> dict[str, T]:
     """Return a config's patterns with values of parameters, by the ends of their paths where these
     agree, and without keys that are for modules that are `gone`.
     """

@@ -194,11 +194,6 @@ def _check_needs_no_model(config: TargetedConfig) -> None:
             "The adapter is stored as a difference from a start that is computed from the base "
             "model's weights (`init_lora_weights`); load it into the base model."
         )
-    if config.target_parameters:
-        raise PeftNotSupportedError(
-            f"The adapter adapts parameters ({', '.join(config.target_parameters)}), and its "
-            "tensors do not tell their place in a module; load it into the base model."
-        )
 
 
 def _note(

@@ -120,7 +120,7 @@ def state_values(model: nn.Module, adapters: Collection[str] | None) -> StateDic
     return dict(state_tensors(model, adapters))
 
 
-def read_values(model: nn.Module, tensors: Mapping[str, Any]) -> StateDict:
+def read_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> StateDict:
     """Return the values of tensors from `state_values`, by the same keys.
 
     The value of a stand-in is a full copy, on the processes and the device that the user has set
@@ -251,7 +251,7 @@ def is_distributed(tensor: object) -> TypeGuard[DTensor]:
     return library is not None and isinstance(tensor, library.DTensor)
 
 
-def gathered_tensor(tensor: Any) -> Tensor:
+def gathered_tensor(tensor: Tensor) -> Tensor:
     """Return a DTensor gathered from all processes, any other tensor as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from ..base.containers import walk
 
-# Layers, tensors and states of libraries that need not be installed.
-_Layer: TypeAlias = Any
-_Weight: TypeAlias = Any
-_State: TypeAlias = Any
+_Foreign: TypeAlias = Any
+"""A layer, tensor or state of a library that need not be installed."""
 
 
 class StorageFormat(NamedTuple):
@@ -36,10 +34,10 @@ class StorageFormat(NamedTuple):
     """
 
     name: str
-    get: Callable[[_Layer], object]
-    put: Callable[[_Layer, Any], None]
-    read: Callable[[_Layer], Tensor]
-    pack: Callable[[_Layer, Tensor], object]
+    get: Callable[[_Foreign], object]
+    put: Callable[[_Foreign, _Foreign], None]
+    read: Callable[[_Foreign], Tensor]
+    pack: Callable[[_Foreign, Tensor], object]
 
 
 def quantizer(module: nn.Module) -> str | None:
@@ -60,7 +58,7 @@ def quantizer(module: nn.Module) -> str | None:
 def storage_format(module: nn.Module) -> StorageFormat | None:
     """Return the storage format of a layer's weight, None if it is plain or unknown."""
     kind = quantizer(module)
-    weight: _Weight = module._parameters.get("weight")
+    weight: _Foreign = module._parameters.get("weight")
     if kind == "bnb 8bit":
         return _INT8 if weight.dtype == torch.int8 and _int8_get(module)[1] is not None else None
     if kind == "bnb 4bit":
@@ -85,7 +83,7 @@ def numbers_dtype(module: nn.Module) -> torch.dtype:
     float32 for 8-bit ones.
     """
     kind = quantizer(module)
-    weight: _Weight = module._parameters["weight"]
+    weight: _Foreign = module._parameters["weight"]
     if kind == "bnb 4bit":
         state = _quant_state(module)
         return getattr(state, "original_dtype", None) or state.dtype
@@ -97,25 +95,25 @@ def is_quantized_tensor(weight: Tensor) -> bool:
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "to_local")
 
 
-def _int8_get(layer: _Layer) -> tuple[Tensor, Tensor]:
+def _int8_get(layer: _Foreign) -> tuple[Tensor, Tensor]:
     """Return codes `[out, in]` and scales `[out]`, which the first forward moves to the state."""
     scale = getattr(layer.weight, "SCB", None)
     return layer.weight.data, layer.state.SCB if scale is None else scale
 
 
-def _int8_put(layer: _Layer, stored: tuple[Tensor, Tensor]) -> None:
+def _int8_put(layer: _Foreign, stored: tuple[Tensor, Tensor]) -> None:
     codes, scale = (tensor.to(layer.weight.device) for tensor in stored)
     layer.weight.data = layer.weight.CB = codes
     layer.weight.SCB = scale
     layer.state.reset_grads()
 
 
-def _int8_read(layer: _Layer) -> Tensor:
+def _int8_read(layer: _Foreign) -> Tensor:
     codes, scale = _int8_get(layer)
     return codes.float() * (scale.float() / 127).unsqueeze(1)
 
 
-def _int8_pack(layer: _Layer, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _int8_pack(layer: _Foreign, weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes import functional
 
     # float16 is the precision that the library quantizes from.
@@ -125,17 +123,17 @@ def _int8_pack(layer: _Layer, weight: Tensor) -> tuple[Tensor, Tensor]:
 _INT8 = StorageFormat("bnb 8bit", _int8_get, _int8_put, _int8_read, _int8_pack)
 
 
-def _quant_state(layer: _Layer) -> _State:
+def _quant_state(layer: _Foreign) -> _Foreign:
     """Return the state that the codes are read with, the parameter's or else the layer's."""
     state = getattr(layer.weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
 
-def _four_bit_get(layer: _Layer) -> tuple[Tensor, _State]:
+def _four_bit_get(layer: _Foreign) -> tuple[Tensor, _Foreign]:
     return layer.weight.data, _quant_state(layer)
 
 
-def _four_bit_put(layer: _Layer, stored: tuple[Tensor, _State]) -> None:
+def _four_bit_put(layer: _Foreign, stored: tuple[Tensor, _Foreign]) -> None:
     codes, state = stored
     device = layer.weight.device
     state.to(device)
@@ -143,13 +141,13 @@ def _four_bit_put(layer: _Layer, stored: tuple[Tensor, _State]) -> None:
     layer.weight.quant_state = layer.quant_state = state
 
 
-def _four_bit_read(layer: _Layer) -> Tensor:
+def _four_bit_read(layer: _Foreign) -> Tensor:
     from bitsandbytes import functional
 
     return functional.dequantize_4bit(*_unpacked(*_four_bit_get(layer))).float()
 
 
-def _unpacked(codes: Tensor, state: _State, nested: bool = False) -> tuple[Tensor, _State]:
+def _unpacked(codes: Tensor, state: _Foreign, nested: bool = False) -> tuple[Tensor, _Foreign]:
     """Return codes and state in the library's general format, which some CPUs repack."""
     if not getattr(state, "packing_format_for_cpu", False):
         return codes, state
@@ -163,7 +161,7 @@ def _unpacked(codes: Tensor, state: _State, nested: bool = False) -> tuple[Tenso
     return codes, state
 
 
-def _four_bit_pack(layer: _Layer, weight: Tensor) -> tuple[Tensor, _State]:
+def _four_bit_pack(layer: _Foreign, weight: Tensor) -> tuple[Tensor, _Foreign]:
     from bitsandbytes import functional
 
     codes, state = _four_bit_get(layer)
@@ -200,7 +198,7 @@ def allow_repacking(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = True
 
 
-def _four_bit_layers(model: nn.Module) -> Iterator[_Layer]:
+def _four_bit_layers(model: nn.Module) -> Iterator[_Foreign]:
     bits = sys.modules.get("bitsandbytes.nn.modules")
     if bits is None:
         return
@@ -209,12 +207,12 @@ def _four_bit_layers(model: nn.Module) -> Iterator[_Layer]:
             yield module
 
 
-def _int8_tensor_options(weight: _Weight) -> dict[str, object]:
+def _int8_tensor_options(weight: _Foreign) -> dict[str, object]:
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "reduce_range")
     return {"granularity": _blocks(weight), **{name: getattr(weight, name) for name in names}}
 
 
-def _float8_tensor_options(weight: _Weight) -> dict[str, object]:
+def _float8_tensor_options(weight: _Foreign) -> dict[str, object]:
     names = ("mm_config", "kernel_preference", "act_quant_kwargs")
     return {
         "granularity": _blocks(weight),
@@ -223,7 +221,7 @@ def _float8_tensor_options(weight: _Weight) -> dict[str, object]:
     }
 
 
-def _intx_tensor_options(weight: _Weight) -> dict[str, object]:
+def _intx_tensor_options(weight: _Foreign) -> dict[str, object]:
     from torchao.quantization import MappingType
 
     symmetric = not weight.zero_point.any()
@@ -234,7 +232,7 @@ def _intx_tensor_options(weight: _Weight) -> dict[str, object]:
     }
 
 
-def _blocks(weight: _Weight) -> object:
+def _blocks(weight: _Foreign) -> object:
     """Return the blocks that share a scale, as torchao describes them."""
     from torchao.quantization import PerBlock
 
@@ -242,29 +240,29 @@ def _blocks(weight: _Weight) -> object:
 
 
 # The arguments that torchao made a tensor with, by the name of its class.
-_TORCHAO_OPTIONS: dict[str, Callable[[_Weight], dict[str, object]]] = {
+_TORCHAO_OPTIONS: dict[str, Callable[[_Foreign], dict[str, object]]] = {
     "Int8Tensor": _int8_tensor_options,
     "Float8Tensor": _float8_tensor_options,
     "IntxUnpackedToInt8Tensor": _intx_tensor_options,
 }
 
 
-def _torchao_get(layer: _Layer) -> nn.Parameter:
+def _torchao_get(layer: _Foreign) -> nn.Parameter:
     return layer.weight
 
 
-def _torchao_put(layer: _Layer, stored: nn.Parameter) -> None:
+def _torchao_put(layer: _Foreign, stored: nn.Parameter) -> None:
     device = layer.weight.device
     layer.weight = (
         stored if stored.device == device else nn.Parameter(stored.to(device), requires_grad=False)
     )
 
 
-def _torchao_read(layer: _Layer) -> Tensor:
+def _torchao_read(layer: _Foreign) -> Tensor:
     return layer.weight.dequantize().float()
 
 
-def _torchao_pack(layer: _Layer, weight: Tensor) -> nn.Parameter:
+def _torchao_pack(layer: _Foreign, weight: Tensor) -> nn.Parameter:
     like = layer.weight
     options = _TORCHAO_OPTIONS[type(like).__name__](like)
     return nn.Parameter(type(like).from_hp(weight.to(like.dtype), **options), requires_grad=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,18 @@ class _DropoutConfig(Protocol):
     def rank_dropout_scale(self) -> bool: ...
 
 
+class _PatternedConfig(Protocol):
+    """Rank and alpha of an adapter, which patterns change for some modules."""
+
+    r: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
+C = TypeVar("C", bound=_PatternedConfig)
+
+
 class LycorisLayer(BaseTunerLayer):
     """A layer whose adapters are scaled by `alpha / r`. A method states its delta as `product`.
 
@@ -53,13 +65,18 @@ class LycorisLayer(BaseTunerLayer):
         "module_dropout",
     )
 
+    r: dict[str, int]
+    alpha: dict[str, float]
+    rank_dropout: dict[str, float]
+    rank_dropout_scale: dict[str, bool]
+    module_dropout: dict[str, float]
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
-        self.rank_dropout: dict[str, float] = {}
-        self.rank_dropout_scale: dict[str, bool] = {}
-        self.module_dropout: dict[str, float] = {}
+        for name in self.container_names:
+            setattr(self, name, AdapterParameterDict())
+        for name in self.value_names:
+            setattr(self, name, {})
 
     def set_hyperparameters(
         self, adapter_name: str, config: _DropoutConfig, r: int, alpha: float
@@ -184,10 +201,10 @@ class LycorisParameters(ParameterLayer, LycorisLayer):
         return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta))
 
 
-class LycorisTuner:
+class LycorisTuner(Generic[C]):
     """A mixin for tuners of LyCORIS layers: rank and alpha may be chosen by module."""
 
-    def tuner_layer_options(self, config: Any, path: str, build: object) -> dict[str, object]:
+    def tuner_layer_options(self, config: C, path: str, build: object) -> dict[str, object]:
         """Return rank and alpha for the module at `path`."""
         return {
             "r": pattern_value(config.rank_pattern, path, config.r),

@@ -133,7 +133,7 @@ def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str
     while inner:
         yield module, name, inner
         name, _, inner = inner.partition(".")
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module.get_submodule(name)
 
 
 def _full_names(kind: type) -> list[str]:

@@ -345,13 +345,16 @@ class CallRows:
                     number + 1 + getattr(part, "num_register_tokens", 0),
                 )
 
+    def name_of(self, layer: object) -> str:
+        """Return a layer's path in the model, or its class if it is not in it."""
+        modules = () if self.root is None else walk(self.root)
+        return (
+            next((path for path, module in modules if module is layer), "") or type(layer).__name__
+        )
+
     def error(self, x: Tensor, layer: LayerWithLayout, remedy: str) -> PeftValueError:
         """Return the error for a layer whose rows have no known owners, with a further remedy."""
         layout = layer.layout
-        modules = () if self.root is None else walk(self.root)
-        name = (
-            next((path for path, module in modules if module is layer), "") or type(layer).__name__
-        )
         if layout.expert is not None:
             reason = "it is an expert, which is handed some of the tokens, and nothing tells which"
         elif x.shape[0] == 1:
@@ -362,7 +365,8 @@ class CallRows:
             where = "second" if layout.sequence_first else "first"
             reason = f"here a sample can have {number} rows along the {where} dimension"
         return PeftValueError(
-            f"{name} sees an input of shape {list(x.shape)} in a call of {self.samples} samples, "
+            f"{self.name_of(layer)} sees an input of shape {list(x.shape)} in a call of "
+            f"{self.samples} samples, "
             f"and nothing tells which of them its rows belong to: {reason}. {remedy}, or call the "
             "model with one sample at a time, or leave this layer out of `target_modules`."
         )

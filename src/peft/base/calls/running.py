@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import TIMEOUT_MAX, Condition, RLock, get_ident
 from time import monotonic
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,7 @@ from ..errors import PeftRuntimeError
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A", bound="_Found")
+M = TypeVar("M", bound="_Changeable")
 
 
 class _Change(NamedTuple):
@@ -41,7 +42,7 @@ class _Change(NamedTuple):
     active: bool
     thread: int
 
-    def touches(self, names: Any) -> bool:
+    def touches(self, names: object) -> bool:
         """Return whether it touches a call with such `adapter_names`."""
         if self.adapters is None:
             return True
@@ -60,7 +61,7 @@ class RunningCalls:
     def __init__(self, patience: float = 60.0) -> None:
         self.patience = patience
         # By thread, `adapter_names` of its calls, the outermost first.
-        self._calls: dict[int, list[Any]] = {}
+        self._calls: dict[int, list[object]] = {}
         self._change: _Change | None = None
         self._one_change = RLock()
         self._ended = Condition()  # notified when calls or the change have ended
@@ -121,7 +122,7 @@ class RunningCalls:
                 if self._in_the_way(change):
                     self._ended.wait(min(left, TIMEOUT_MAX))
 
-    def _in_the_way(self, change: _Change) -> list[Any]:
+    def _in_the_way(self, change: _Change) -> list[object]:
         """Return `adapter_names` of the other threads' calls that a change touches."""
         return [
             names
@@ -130,7 +131,7 @@ class RunningCalls:
             if thread != change.thread and change.touches(names)
         ]
 
-    def _wait_for_change(self, thread: int, calls: list[Any]) -> None:
+    def _wait_for_change(self, thread: int, calls: list[object]) -> None:
         """Wait until no change of another thread touches a thread's innermost call, which is about
         to begin.
         """
@@ -167,7 +168,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_own_threads)
 
 
-def _described(calls: Sequence[Any]) -> str:
+def _described(calls: Sequence[object]) -> str:
     """Return the adapters that some calls use, by their `adapter_names`."""
     lists = [names for names in calls if isinstance(names, (list, tuple))]
     used = sorted({str(name) for names in lists for name in names})[:8]
@@ -209,7 +210,7 @@ def changing(
 
     In a model without a tuner, which adapters were injected into, no calls are noted.
     """
-    tuner: Any = getattr(model, "_modules", {}).get("base_model", model)
+    tuner = getattr(model, "_modules", {}).get("base_model", model)
     running = vars(tuner).get("running_calls")
     if not isinstance(running, RunningCalls):
         yield
@@ -239,11 +240,17 @@ def changing_found(model: object, find: Callable[[], A]) -> Iterator[A]:
             yield adapter
 
 
-def changes_all(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+class _Changeable(Protocol):
+    """A model whose calls are noted."""
+
+    running_calls: RunningCalls
+
+
+def changes_all(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
     """Make a method of a tuner a change of all adapters."""
 
     @functools.wraps(method)
-    def change(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    def change(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.running_calls.change(None):
             return method(self, *args, **kwargs)
 

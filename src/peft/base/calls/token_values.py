@@ -8,25 +8,15 @@ only the last ones, or those that a mixture routes to an expert.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor
 
-from ..containers import walk
 from ..errors import PeftValueError
 from ..tracing import shapes
 from .layout import RowLayout
-from .rows import MOE_TOKENS, CallRows
+from .rows import MOE_TOKENS, CallRows, LayerWithLayout
 
 
-class _Layer(Protocol):
-    """A layer that tells where the tokens lie in its input."""
-
-    @property
-    def layout(self) -> RowLayout: ...
-
-
-def values_of_rows(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> Tensor:
+def values_of_rows(values: Tensor, x: Tensor, layer: LayerWithLayout, rows: CallRows) -> Tensor:
     """Return values of tokens as values of the rows of a layer's input.
 
     Args:
@@ -84,12 +74,10 @@ def _of_expert(values: Tensor, leading: tuple[int, ...], layout: RowLayout) -> T
     return values.reshape(-1)[tokens]
 
 
-def _error(values: Tensor, x: Tensor, layer: _Layer, rows: CallRows) -> PeftValueError:
-    modules = () if rows.root is None else walk(rows.root)
-    name = next((path for path, module in modules if module is layer), "") or type(layer).__name__
+def _error(values: Tensor, x: Tensor, layer: LayerWithLayout, rows: CallRows) -> PeftValueError:
     samples, tokens = values.shape
     return PeftValueError(
-        f"{name} sees an input of shape {list(x.shape)} in a call of {samples} x {tokens} tokens, "
-        "and nothing tells which tokens its rows are, which an adapter that acts on some tokens "
-        "only must know. Leave this layer out of `target_modules`."
+        f"{rows.name_of(layer)} sees an input of shape {list(x.shape)} in a call of {samples} x "
+        f"{tokens} tokens, and nothing tells which tokens its rows are, which an adapter that acts "
+        "on some tokens only must know. Leave this layer out of `target_modules`."
     )

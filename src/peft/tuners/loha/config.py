@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
 from ...config import LycorisConfig, at_least, boolean, number, probability
 
@@ -64,7 +65,7 @@ class LoHaConfig(LycorisConfig):
     target_parameters: list[str] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
-    absent_values: ClassVar[dict[str, Any]] = {
+    absent_values: ClassVar[JsonObject] = {
         "trainable_token_indices": None,
         "target_parameters": None,
     }

@@ -50,8 +50,6 @@ class LoHaLayer(LycorisLayer):
         self, base_layer: nn.Module, adapter_name: str, config: LoHaConfig, **options: Any
     ) -> None:
         super().__init__(base_layer)
-        for name in self.adapter_layer_names:
-            setattr(self, name, AdapterParameterDict())
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
 
@@ -86,12 +84,10 @@ class LoHaLayer(LycorisLayer):
     def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draw the factors, `kaiming_uniform_(a=√5)`, with `w2_b` zero: no effect at the start."""
         for name, factor in self.factors(adapter_name)._asdict().items():
-            if factor is not None:
-                nn.init.zeros_(
-                    factor
-                ) if init_weights and name == "w2_b" else nn.init.kaiming_uniform_(
-                    factor, a=math.sqrt(5)
-                )
+            if factor is not None and init_weights and name == "w2_b":
+                nn.init.zeros_(factor)
+            elif factor is not None:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def factors(self, adapter_name: str) -> HadamardFactors:
         """Return an adapter's factors."""
@@ -108,10 +104,8 @@ class LoHaLayer(LycorisLayer):
         self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
         """Return ΔW as `B·A` without building it, exact of rank `r²` or the weight's own."""
-        A, B = (
-            factor.detach()
-            for factor in low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name])
-        )
+        pair = low_rank_pair(self.factors(adapter_name), self.scaling[adapter_name])
+        A, B = (factor.detach() for factor in pair)
         if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
             return cut(product_svd(B, A), None, A.dtype)
         return approximate(B.contiguous(), A.contiguous(), rank)

@@ -35,7 +35,7 @@ class LoHaFormat(CheckpointFormat[LoHaConfig]):
         return ModuleShape(a[0], b[1], b[0])
 
 
-class LoHaModel(LycorisTuner, BaseTuner[LoHaConfig]):
+class LoHaModel(LycorisTuner[LoHaConfig], BaseTuner[LoHaConfig]):
     """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
     layer.
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from ...base.geometry import Geometry
-from ...base.plain_values import is_empty
+from ...base.plain_values import JsonObject, is_empty
 from ...base.registry import PeftType
 from ...config import (
     LycorisConfig,
@@ -129,7 +129,7 @@ class LoKrConfig(LycorisConfig):
         "tensor_shapes",
         "row_offsets",
     )
-    absent_values: ClassVar[dict[str, Any]] = {
+    absent_values: ClassVar[JsonObject] = {
         "kronecker_layout": "flat",
         "trainable_token_indices": None,
         "target_parameters": None,
@@ -182,7 +182,7 @@ class LoKrConfig(LycorisConfig):
             )
 
     @classmethod
-    def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+    def _upgrade(cls, content: JsonObject) -> JsonObject:
         """Return a file's fields. Other writers allow `layers_to_transform` alone, for any list."""
         is_alone = is_empty(content.get("layers_pattern"))
         if is_alone and not is_empty(content.get("layers_to_transform")):

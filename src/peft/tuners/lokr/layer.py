@@ -67,17 +67,18 @@ class LoKrLayer(LycorisLayer):
         "row_offset",
     )
 
+    lokr_scalar: AdapterParameterDict
+    lokr_magnitude: AdapterParameterDict
+    flat_layout: dict[str, bool]
+    full_matrix: dict[str, bool]
+    use_rslora: dict[str, bool]
+    wd_on_output: dict[str, bool]
+    row_offset: dict[str, int | None]
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoKrConfig, **options: Any
     ) -> None:
         super().__init__(base_layer)
-        for name in self.container_names:
-            setattr(self, name, AdapterParameterDict())
-        self.flat_layout: dict[str, bool] = {}
-        self.full_matrix: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.wd_on_output: dict[str, bool] = {}
-        self.row_offset: dict[str, int | None] = {}
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
 
@@ -96,14 +97,10 @@ class LoKrLayer(LycorisLayer):
         """Make an adapter's factors. What is not given is the config's or follows from it; `shapes`
         are by name, `row_offset` is the layer's first row in a product for fused layers.
         """
-        self.full_matrix[adapter_name], self.use_rslora[adapter_name] = (
-            config.full_matrix,
-            config.use_rslora,
-        )
-        self.wd_on_output[adapter_name], self.row_offset[adapter_name] = (
-            config.wd_on_output,
-            row_offset,
-        )
+        self.full_matrix[adapter_name] = config.full_matrix
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.wd_on_output[adapter_name] = config.wd_on_output
+        self.row_offset[adapter_name] = row_offset
         self.set_hyperparameters(
             adapter_name, config, r or config.r, config.alpha if alpha is None else alpha
         )
@@ -113,16 +110,10 @@ class LoKrLayer(LycorisLayer):
             len(shapes.get("w2", ())) == 3 and config.kronecker_layout == "flat"
         )
         place = self._placement(placement)
-        for name, shape in shapes.items():
-            self._hold(
-                f"lokr_{name}",
-                adapter_name,
-                torch.empty(shape, device=place.device, dtype=place.dtype),
-            )
-        if config.use_scalar:
-            self._hold(
-                "lokr_scalar", adapter_name, torch.empty(1, device=place.device, dtype=place.dtype)
-            )
+        scalar = {"scalar": (1,)} if config.use_scalar else {}
+        for name, shape in {**shapes, **scalar}.items():
+            values = torch.empty(shape, device=place.device, dtype=place.dtype)
+            self._hold(f"lokr_{name}", adapter_name, values)
         if initialize:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
         if config.weight_decompose:
@@ -143,10 +134,10 @@ class LoKrLayer(LycorisLayer):
         if init_weights and not scalar:
             zero = ("w2", "w2_b") if init_weights == "lycoris" else ("w1", "w1_a")
         for name, factor in self.factors(adapter_name)._asdict().items():
-            if factor is not None:
-                nn.init.zeros_(factor) if name in zero else nn.init.kaiming_uniform_(
-                    factor, a=math.sqrt(5)
-                )
+            if factor is not None and name in zero:
+                nn.init.zeros_(factor)
+            elif factor is not None:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if scalar:
             nn.init.constant_(self.lokr_scalar[adapter_name], 0.0 if init_weights else 1.0)
 
@@ -207,20 +198,13 @@ class LoKrLayer(LycorisLayer):
 
     def adapter_cost(self, adapter_name: str, config: LoKrConfig) -> AdapterCost:
         """Return the cost of the cheapest order of the factors, with remarks on the config."""
-        shapes = {
-            n: tuple(f.shape)
-            for n, f in self.factors(adapter_name)._asdict().items()
-            if f is not None
-        }
-        base: Any = self.get_base_layer()
-        given = (
-            config.full_matrix
-            or self.row_offset[adapter_name] is not None
-            or bool(config.tensor_shapes)
-        )
-        r = self.r[adapter_name]
+        factors = self.factors(adapter_name)._asdict()
+        shapes = {name: tuple(f.shape) for name, f in factors.items() if f is not None}
+        base, r = self.get_base_layer(), self.r[adapter_name]
+        is_part = self.row_offset[adapter_name] is not None
+        given = config.full_matrix or is_part or bool(config.tensor_shapes)
         rule = None if given else partial(shapes_by_rule, config, self.geometry, r)
-        strides = math.prod(base.stride) if self.geometry.is_conv else 1
+        strides = math.prod(conv_options(base)["stride"]) if self.geometry.is_conv else 1
         return cost(shapes, self.geometry, r, rule, getattr(base, "groups", 1), strides)
 
     def product(self, adapter_name: str, x: Tensor) -> Tensor:

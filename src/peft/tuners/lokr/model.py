@@ -50,7 +50,7 @@ class LoKrFormat(CheckpointFormat[LoKrConfig]):
         return ModuleShape(a * c, b * d, low[0] if low else None, kernel)
 
 
-class LoKrModel(LycorisTuner, BaseTuner[LoKrConfig]):
+class LoKrModel(LycorisTuner[LoKrConfig], BaseTuner[LoKrConfig]):
     """Tuner of LoKr: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
     Example:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from .config import LoraConfig
 from .factors import Factors, draw, grouped_row_norms, row_norms
 from .starts.loftq import QuantizedWeight
 
+_Factor: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 class Magnitude(nn.Module):
     """DoRA's trained norms of the weight's rows."""
@@ -54,6 +56,9 @@ class Start(nn.Module):
     follows from the base weight, is subtracted from its delta. They are not in a state dict.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, factors: Factors) -> None:
         super().__init__()
         self.register_buffer("A", factors.A, persistent=False)
@@ -61,7 +66,7 @@ class Start(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `B₀·A₀·x`."""
-        return F.linear(F.linear(x, self.A), self.B)  # type: ignore[arg-type]
+        return F.linear(F.linear(x, self.A), self.B)
 
 
 class LoraLayer(BaseTunerLayer):
@@ -122,13 +127,13 @@ class LoraLayer(BaseTunerLayer):
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.alora_invocation_tokens: dict[str, list[int]] = {}  # of activated adapters only
-        self.lora_dropout = AdapterModuleDict()
-        self.lora_A = AdapterModuleDict()
-        self.lora_B = AdapterModuleDict()
+        self.lora_dropout: AdapterModuleDict[nn.Module] = AdapterModuleDict()
+        self.lora_A: AdapterModuleDict[_Factor] = AdapterModuleDict()
+        self.lora_B: AdapterModuleDict[_Factor] = AdapterModuleDict()
         self.lora_embedding_A = AdapterParameterDict()
         self.lora_embedding_B = AdapterParameterDict()
-        self.lora_magnitude_vector = AdapterModuleDict()
-        self.lora_start = AdapterModuleDict()
+        self.lora_magnitude_vector: AdapterModuleDict[Magnitude] = AdapterModuleDict()
+        self.lora_start: AdapterModuleDict[Start] = AdapterModuleDict()
         self.update_layer(adapter_name, config, **options)
         self.set_adapter(adapter_name)
         for name in ("lora_dropout", "lora_start"):
@@ -210,10 +215,10 @@ class LoraLayer(BaseTunerLayer):
             else bool(init_lora_weights)
         )
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        draw(A.weight, B.weight, how)  # type: ignore[arg-type]
+        draw(A.weight, B.weight, how)
         if B.bias is not None:
             bound = 0.0 if how else 1 / math.sqrt(self.r[adapter_name])
-            nn.init.uniform_(B.bias, -bound, bound)  # type: ignore[arg-type]
+            nn.init.uniform_(B.bias, -bound, bound)
 
     def factors(self, adapter_name: str) -> Factors:
         """Return an adapter's `A [r, in · taps]` and `B [out, r]`, with its start in the same
@@ -222,7 +227,7 @@ class LoraLayer(BaseTunerLayer):
         A, B = self._weights(adapter_name)
         if adapter_name not in self.lora_start:
             return Factors(A.flatten(1), B.flatten(1))
-        start: Any = self.lora_start[adapter_name]
+        start = self.lora_start[adapter_name]
         return Factors(torch.cat([A, start.A]), torch.cat([B, -start.B], dim=1))
 
     def _weights(self, adapter_name: str) -> Factors:
@@ -278,7 +283,7 @@ class LoraLayer(BaseTunerLayer):
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the input in the adapter's dtype, after dropout."""
         weight = self.lora_A[adapter_name].weight
-        x = self._cast_input_dtype(x, weight.dtype)  # type: ignore[arg-type]
+        x = self._cast_input_dtype(x, weight.dtype)
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -396,7 +401,7 @@ class LoraLayer(BaseTunerLayer):
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
         """Return `lora_bias` times the scale."""
-        bias: Any = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
+        bias = self.lora_B[adapter_name].bias if self.lora_bias[adapter_name] else None
         return None if bias is None else bias.detach() * scale
 
     def rank_padding(self, container: str) -> RankPadding | None:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...base.errors import PeftNotSupportedError, warn
 from ...base.placeholders import placeholder
-from ...base.plain_values import is_empty
+from ...base.plain_values import JsonObject, is_empty
 from ...base.registry import WAY_BACK, PeftType
 from ...config import (
     TargetedConfig,
@@ -355,7 +355,7 @@ class LoraConfig(TargetedConfig):
             )
 
     @classmethod
-    def _upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+    def _upgrade(cls, content: JsonObject) -> JsonObject:
         """Check that a file has what its adapter started from."""
         check_readable(content)
         return content

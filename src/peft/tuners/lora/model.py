@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -90,12 +90,12 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
 
     def stack_experts(  # noqa: D102
         self, config: LoraConfig, parts: Sequence[FusedPart], shape: tuple[int, ...] | None
-    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    ) -> tuple[dict[str, Tensor], Mapping[str, float]]:
         return stack_experts(config, parts, shape)
 
     def stack_settings(  # noqa: D102
         self, config: LoraConfig, paths: Mapping[int, str]
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, float]:
         return stack_settings(config, paths)
 
     def fit_to_stacks(self, config: LoraConfig) -> None:  # noqa: D102

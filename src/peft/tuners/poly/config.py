@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
 from ...config import (
     TargetedConfig,
@@ -136,7 +137,7 @@ class PolyConfig(TargetedConfig):
         "n_skills_pattern",
     )
     patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
-    absent_values: ClassVar[dict[str, Any]] = {
+    absent_values: ClassVar[JsonObject] = {
         "task_names": None,
         "routing_level": "sample",
         "trainable_token_indices": None,
@@ -177,7 +178,8 @@ class PolyConfig(TargetedConfig):
         yield from at_least("task_rank", self.task_rank, 0)
         if self.eval_top_k is not None:
             yield from at_least("eval_top_k", self.eval_top_k)
-            if is_int(self.eval_top_k) and is_int(self.n_skills) and self._keeps_more_than_all():
+            counts = self._skill_counts()
+            if is_int(self.eval_top_k) and is_int(self.n_skills) and self.eval_top_k > max(counts):
                 yield (
                     f"`eval_top_k`={self.eval_top_k} is more than there are skills: `n_skills` is "
                     f"{self.n_skills}. None keeps all."
@@ -191,11 +193,10 @@ class PolyConfig(TargetedConfig):
         )
         yield from self._contradictions()
 
-    def _keeps_more_than_all(self) -> bool:
-        """Return whether `eval_top_k` is more than any layer's number of skills."""
+    def _skill_counts(self) -> list[int]:
+        """Return the numbers of skills that layers can have, as far as they are integers."""
         pattern = self.n_skills_pattern if isinstance(self.n_skills_pattern, dict) else {}
-        counts = [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
-        return self.eval_top_k is not None and self.eval_top_k > max(counts)
+        return [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
 
     def _task_name_problems(self) -> Iterator[str]:
         """Yield a sentence if the task names are not one different name for each task."""
@@ -222,8 +223,7 @@ class PolyConfig(TargetedConfig):
                 f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows "
                 "no tasks; use 0."
             )
-        pattern = self.n_skills_pattern if isinstance(self.n_skills_pattern, dict) else {}
-        counts = [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
+        counts = self._skill_counts()
         if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):
             yield (
                 f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: "
@@ -265,7 +265,7 @@ class PolyConfig(TargetedConfig):
 
     def at(self, path: str) -> PolyConfig:
         """Return the config for the module at `path`, with its patterns resolved."""
-        given: dict[str, Any] = {
+        given: JsonObject = {
             name: _targets.pattern_value(getattr(self, pattern), path, getattr(self, name))
             for pattern, name in _PATTERNS.items()
         }

@@ -77,8 +77,8 @@ class PolyLayer(RoutingLayer):
         super().__init__(base_layer, routing)
         self.poly_lora_A = AdapterParameterDict()
         self.poly_lora_B = AdapterParameterDict()
-        self.poly_router = AdapterModuleDict()
-        self.poly_task_skills = AdapterModuleDict()
+        self.poly_router: AdapterModuleDict[Router | SharedRouter] = AdapterModuleDict()
+        self.poly_task_skills: AdapterModuleDict[TaskSkills] = AdapterModuleDict()
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.n_tasks: dict[str, int] = {}
@@ -110,34 +110,25 @@ class PolyLayer(RoutingLayer):
             router: The router of another layer, to share.
         """
         size, q, s, r = self.geometry, poly_config.n_splits, poly_config.n_skills, poly_config.r
-        placement = self._placement(placement)
-        device, dtype = placement
+        place = self._placement(placement)
         for container, shape in (
             (self.poly_lora_A, (q, s, size.in_features // q, r)),
             (self.poly_lora_B, (q, s, r, size.out_features // q)),
         ):
-            parameter = nn.Parameter(
-                torch.empty(shape, device=device, dtype=dtype), requires_grad=not inference_mode
-            )
-            container[adapter_name] = parameter
+            values = torch.empty(shape, device=place.device, dtype=place.dtype)
+            container[adapter_name] = nn.Parameter(values, requires_grad=not inference_mode)
         self.r[adapter_name], self.n_skills[adapter_name], self.n_splits[adapter_name] = r, s, q
-        self.n_tasks[adapter_name], self.alpha[adapter_name] = (
-            poly_config.n_tasks,
-            poly_config.alpha,
-        )
+        self.n_tasks[adapter_name] = poly_config.n_tasks
+        self.alpha[adapter_name] = poly_config.alpha
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        own = (
-            SharedRouter(router)
-            if router
-            else make_router(poly_config, size.in_features, placement)
-        )
+        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, place)
         self.poly_router[adapter_name] = own.train(self.training).requires_grad_(
             not inference_mode and not is_fixed(own)
         )
         if poly_config.task_rank:
             sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
-            skills = TaskSkills(*sizes, placement).train(self.training)
+            skills = TaskSkills(*sizes, place).train(self.training)
             self.poly_task_skills[adapter_name] = skills.requires_grad_(not inference_mode)
         if initialize:
             self.reset_poly_parameters(adapter_name, poly_config.init_weights)
@@ -281,7 +272,6 @@ class PolyLayer(RoutingLayer):
         """Return an adapter's `A` and `B`."""
         modules = self._modules
         A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
-        assert A is not None and B is not None  # each adapter has both
         return A, B
 
     def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
@@ -301,13 +291,8 @@ class PolyLayer(RoutingLayer):
         top_k = None if router.training else router.gating.top_k
         if top_k is not None:
             weights, A, B = compact_skills(weights, A, B, top_k)
-        return (
-            x,
-            weights if weights.dtype == A.dtype else weights.to(A.dtype),
-            A,
-            B,
-            self.scaling[adapter_name],
-        )
+        weights = weights if weights.dtype == A.dtype else weights.to(A.dtype)
+        return x, weights, A, B, self.scaling[adapter_name]
 
     def _weights(
         self, adapter_name: str, router: Router, x: Tensor, tasks: TaskRows | None

@@ -74,9 +74,9 @@ class RoutedLayer(RoutingLayer):
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
-        self.routed_weights = AdapterModuleDict()
+        self.routed_weights: AdapterModuleDict[ExpertWeights | SharedWeights] = AdapterModuleDict()
         self.routed_gate = AdapterParameterDict()
-        self.routed_experts = AdapterModuleDict()
+        self.routed_experts: AdapterModuleDict[ExpertFactors] = AdapterModuleDict()
         self.routed_options: dict[str, RoutingOptions] = {}
         self.waiting: dict[str, set[int]] = {}
         self.watches: dict[str, Note] = {}
@@ -109,8 +109,9 @@ class RoutedLayer(RoutingLayer):
         if config.routing in BY_INPUT:
             gate = torch.empty(len(factors), self.in_features, device=place[0], dtype=place[1])
             self.routed_gate[adapter_name] = nn.Parameter(gate, requires_grad=False)
-        own = ExpertWeights(experts.number, place) if weights is None else None
-        self.routed_weights[adapter_name] = own or SharedWeights(weights)  # type: ignore[arg-type]
+        self.routed_weights[adapter_name] = (
+            ExpertWeights(experts.number, place) if weights is None else SharedWeights(weights)
+        )
         if initialize:
             self._reset(adapter_name, experts)
         self.set_requires_grad(adapter_name, not config.inference_mode)
