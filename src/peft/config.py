@@ -256,7 +256,7 @@ class PeftConfig:
         token: str | bool | None = None,
         private: bool | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> object:
         """Save the config to a repository on the Hub, which is made if missing.
 
         Args:
@@ -279,7 +279,7 @@ class PeftConfig:
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         subfolder: str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> PeftConfig:
         """Read the config of a saved adapter, as an object of its method's config class.
 
@@ -335,7 +335,7 @@ class PeftConfig:
         return content
 
     @classmethod
-    def from_peft_type(cls: type[C], **kwargs: Any) -> C:
+    def from_peft_type(cls: type[C], **kwargs: object) -> C:
         """Make a config of the class that `peft_type` names, or of this class.
 
         Unknown fields are ignored, with a warning if they are set.
@@ -380,7 +380,7 @@ class PeftConfig:
         return read_json(find_file(model_id, (CONFIG_NAME,), hub))["peft_type"]
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> JsonObject:
+    def check_kwargs(cls, **kwargs: object) -> JsonObject:
         """Return those of `kwargs` that are fields; a warning names the others that are set."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(name for name in set(kwargs) - known if kwargs[name])

@@ -185,7 +185,7 @@ class PeftModel(nn.Module):
             with chosen:
                 return generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
         own = {k: kwargs.pop(k) for k in self.base_model.adapter_call_arguments if k in kwargs}
         return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from .base.constants import MODEL_ROOT, ROOT
 from .base.errors import CheckpointError, PeftNotSupportedError, PeftTypeError, PeftValueError
 from .base.modules import check_model
+from .base.plain_values import JsonObject
 from .checkpoint.hub import HubOptions, load_peft_weights, of_one_save, only_hub_options
 from .config import PeftConfig, TargetedConfig
 from .core.filling import CheckpointFill
@@ -133,7 +133,7 @@ def _present(
 def _by_path(config: TargetedConfig, state: Mapping[str, Tensor]) -> TargetedConfig:
     """Return a config that targets the modules of an adapter's tensors by their whole paths."""
     limits = {"layers_to_transform", "layers_pattern"} & type(config).__dataclass_fields__.keys()
-    changes: dict[str, Any] = {
+    changes: JsonObject = {
         "target_modules": sorted(adapted_paths(state)),
         "exclude_modules": None,
         "inference_mode": True,

@@ -191,7 +191,7 @@ def prepare_model_for_compiled_hotswap(
             raise PeftValueError(f"{message}.")
         warn(f"{message}, and its next call compiles it anew.")
     kinds = tuple(tuner.tuner_layer_cls for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values())
-    layers: list[Any] = [module for _, module in walk(model) if isinstance(module, kinds)]
+    layers = [module for _, module in walk(model) if isinstance(module, kinds)]
     if not layers:
         raise PeftValueError(
             "No adapter layers found on the model; call `prepare_model_for_compiled_hotswap` after "

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypedDict, TypeVar, cast
+from typing import Protocol, TypedDict, TypeVar, cast
 
 import click
 import torch
@@ -114,7 +114,7 @@ def config_of_options(options: AdapterOptions) -> PeftConfig:
     config_place, method = options["config_place"], options["method"]
     if (config_place is None) == (method is None):
         raise click.UsageError("Pass `--config` or `--method`, one of them.")
-    changes: dict[str, Any] = dict(map(_field, options["fields"]))
+    changes: JsonObject = dict(map(_field, options["fields"]))
     names = [name for target in options["targets"] for name in target.split(",") if name]
     if options["rank"] is not None:
         changes["r"] = options["rank"]

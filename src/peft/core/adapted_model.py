@@ -17,6 +17,7 @@ from ..base.containers import walk
 from ..base.errors import PeftValueError, warn
 from ..base.missing_attribute import PeftAttributeError
 from ..base.modules import check_model, model_config
+from ..base.plain_values import JsonObject
 from ..base.tensors import ordinary_tensors
 from ..base.validation import check_adapter
 from ..config import PeftConfig, TargetedConfig, check_config
@@ -120,7 +121,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         raise NotImplementedError
 
     @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
+    def get_model_config(model: nn.Module) -> JsonObject:
         """Return a model's config as a dictionary; the default has the type "custom"."""
         return model_config(model, DUMMY_MODEL_CONFIG)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ..base.geometry import Geometry
 
 L = TypeVar("L", bound=nn.Module)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def geometry(module: nn.Module) -> Geometry | None:
@@ -26,15 +26,14 @@ def geometry(module: nn.Module) -> Geometry | None:
     layer it adapts.
     """
     module = innermost(module)
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, _Convolution):
         return Geometry(
             module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size)
         )
     if is_conv1d(module):
-        weight: Any = module.weight
-        rows, columns = getattr(
-            weight, "ds_shape", weight.shape
-        )  # DeepSpeed ZeRO-3 empties the weight and keeps its shape
+        weight = cast(Tensor, module.weight)
+        # DeepSpeed ZeRO-3 empties the weight and keeps its shape.
+        rows, columns = getattr(weight, "ds_shape", weight.shape)
         return Geometry(columns, rows, transposed=True)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     # A module with others inside is a block that notes its sizes; one of size zero has not seen its
@@ -52,11 +51,9 @@ def table(module: nn.Module) -> Geometry | None:
     from `geometry` since an adapter looks up rows there in place of multiplying.
     """
     module = innermost(module)
-    return (
-        Geometry(module.embedding_dim, module.num_embeddings, transposed=True)
-        if isinstance(module, nn.Embedding)
-        else None
-    )
+    if not isinstance(module, nn.Embedding):
+        return None
+    return Geometry(module.embedding_dim, module.num_embeddings, transposed=True)
 
 
 def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
@@ -97,8 +94,8 @@ def place_for_shared(root: nn.Module, name: str) -> nn.Module:
 
 def innermost(module: nn.Module) -> nn.Module:
     """Return the layer itself, below any adapters around it."""
-    while "base_layer" in module._modules:
-        module = module._modules["base_layer"]  # type: ignore[assignment]
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
     return module
 
 
@@ -132,19 +129,15 @@ def describe(module: nn.Module) -> str:
 
 def conv_options(module: nn.Module) -> dict[str, Any]:
     """Return `stride`, `padding`, `dilation` and `groups` of a convolution after `pad_input`."""
-    conv: Any = innermost(module)
+    conv = cast(_Convolution, innermost(module))
     padding = conv.padding if conv.padding_mode == "zeros" else (0,) * len(conv.kernel_size)
-    return {
-        "stride": conv.stride,
-        "padding": padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-    }
+    sizes = {"stride": conv.stride, "padding": padding, "dilation": conv.dilation}
+    return {**sizes, "groups": conv.groups}
 
 
 def pad_input(module: nn.Module, x: Tensor) -> Tensor:
     """Return `x` with the padding that torch's functions lack (reflect, replicate, circular)."""
-    conv: Any = innermost(module)
+    conv = cast(_Convolution, innermost(module))
     if conv.padding_mode == "zeros":
         return x
     return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

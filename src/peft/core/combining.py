@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.calls.running import changing
 from ..base.errors import PeftTypeError, PeftValueError
+from ..base.plain_values import JsonObject
 from ..base.registry import PeftType
 from ..base.suggestions import did_you_mean
 from ..base.validation import check_adapter
@@ -274,7 +275,7 @@ def put(
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
-    changes: dict[str, Any] = {
+    changes: JsonObject = {
         "inference_mode": False,
         **exact_targets(model.model, modules),
         "modules_to_save": list(whole) or None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -19,6 +19,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.tensors import ordinary_tensors
+
+_Hook: TypeAlias = WeightNorm | SpectralNorm | prune.BasePruningMethod
 
 _REMEDIES = (
     (WeightNorm, "torch.nn.utils.remove_weight_norm(layer)"),
@@ -49,7 +51,7 @@ def read(module: nn.Module) -> Tensor:
         finally:
             for part, mode in zip(parts, modes, strict=True):
                 part.training = mode
-    hook: Any = _hook(module)
+    hook = _hook(module)
     if isinstance(hook, WeightNorm):
         return hook.compute_weight(module)
     if isinstance(hook, SpectralNorm):
@@ -110,7 +112,7 @@ def make_plain(module: nn.Module) -> None:
         trained = any(p.requires_grad for p in own)
         _drop_parametrization(module)
     else:
-        hook: Any = _hook(module)
+        hook = _hook(module)
         trained = any(
             p.requires_grad
             for name, p in module._parameters.items()
@@ -148,12 +150,12 @@ def _parametrizations(module: nn.Module) -> nn.ModuleDict:
     return cast(nn.ModuleDict, module.parametrizations)
 
 
-def _hook(module: nn.Module) -> Any:
+def _hook(module: nn.Module) -> _Hook | None:
     """Return the last hook by which torch's older functions compute the weight."""
     found = None
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
-        if isinstance(hook, tuple(kind for kind, _ in _REMEDIES)) and name == "weight":
+        if isinstance(hook, _Hook) and name == "weight":
             found = hook
     return found
 

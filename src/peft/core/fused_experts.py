@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
 from ..ops.dispatch import PLAIN_TENSORS
 from ..ops.grouped import GroupedRows
 from .adapted_parameters import AdaptingLayer, layers_of, plain_parameter, shared_sums
+
+_Experts: TypeAlias = Any
+"""The experts of a mixture of transformers."""
 
 _INTERFACE = "transformers.integrations.moe"
 # Functions of the interface that are torch's products alone.
@@ -32,7 +35,7 @@ def run(
     names: tuple[str, ...] | None,
     args: tuple[object, ...],
     kwargs: dict[str, object],
-) -> Any:
+) -> object:
     """Call a module with the active adapters of its parameters; `names` are its
     `interface_names`.
     """
@@ -65,7 +68,7 @@ def _expert_call(
     """Return hidden states, chosen experts and weights of a call of transformers' experts; None for
     functions that are more than products.
     """
-    own: Any = module
+    own: _Experts = module
     if (
         "forward" in vars(module)
         or module._forward_hooks
@@ -91,19 +94,19 @@ def _expert_call(
 
 def interface_names(kind: type) -> tuple[str, ...] | None:
     """Return the names of the three arguments of transformers' experts, None for other modules."""
-    forward: object = getattr(kind, "forward", None)
-    if getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:
+    forward = getattr(kind, "forward", None)
+    if forward is None or getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:
         return None
-    names = tuple(inspect.signature(cast(Any, kind).forward).parameters)[1:]
+    names = tuple(inspect.signature(forward).parameters)[1:]
     return names if len(names) == 3 else None
 
 
-def _projections(module: Any) -> tuple[str, str]:
+def _projections(module: _Experts) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
 def _run_experts(
-    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, batch: AdapterBatch | None
+    module: _Experts, hidden: Tensor, index: Tensor, weights: Tensor, batch: AdapterBatch | None
 ) -> Tensor:
     """Return the output of transformers' experts, `[tokens, hidden]`.
 
@@ -130,7 +133,7 @@ def _run_experts(
 
 
 def _project(
-    module: Any, name: str, x: Tensor, rows: GroupedRows, batch: AdapterBatch | None
+    module: _Experts, name: str, x: Tensor, rows: GroupedRows, batch: AdapterBatch | None
 ) -> Tensor:
     """Return the product of rows with a stack, its bias and the deltas of its adapters."""
     weight = plain_parameter(module, name)

@@ -233,7 +233,7 @@ def read_checkpoint(
     hub: HubOptions,
     key_mapping: dict[str, str] | None = None,
     device: str | torch.device | None = None,
-) -> tuple[PeftConfig, dict[str, Tensor]]:
+) -> tuple[TargetedConfig, dict[str, Tensor]]:
     """Read a config, unless given, and tensors, under the present names of modules."""
     if config is None:
         config, state = of_one_save(
@@ -281,7 +281,7 @@ def named_as_now(
     config: PeftConfig,
     state: Mapping[str, Tensor],
     key_mapping: Mapping[str, str] | None = None,
-) -> tuple[PeftConfig, dict[str, Tensor]]:
+) -> tuple[TargetedConfig, dict[str, Tensor]]:
     """Return a file's config and tensors under the present names of a base model's modules."""
     if not key_mapping:
         # transformers' renaming of the modules between its versions.

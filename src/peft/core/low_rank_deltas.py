@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..base.modules import check_model
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..base.tensors import ordinary_tensors
 from ..checkpoint.hub import HubOptions, only_hub_options
-from ..config import PeftConfig
+from ..config import PeftConfig, TargetedConfig
 from ..ops.low_rank import Deltas as Deltas
 from . import plan as _plan
 from .conversion import check_convertible, config_of, layers_with, root_of
@@ -211,7 +211,7 @@ class _Workshop:
         check_model(model)
         self.root, self.deltas_only = root_of(model)[0], deltas_only
         # The last adapter's config as text, and its tuner and layers.
-        self._last: tuple[str, BaseTuner[Any], Build[Any]] | None = None
+        self._last: tuple[str, BaseTuner[TargetedConfig], Build[TargetedConfig]] | None = None
 
     def layers_of(
         self, adapter: SavedAdapter, hub: HubOptions
@@ -232,7 +232,9 @@ class _Workshop:
         _check_products(layers, _NAME)
         return build.config, layers
 
-    def _built(self, config: Any) -> tuple[BaseTuner[Any], Build[Any]]:
+    def _built(
+        self, config: TargetedConfig
+    ) -> tuple[BaseTuner[TargetedConfig], Build[TargetedConfig]]:
         """Return the tuner and the layers of an adapter, without values."""
         tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(self.root, None)
         tuner.delta_views(config)  # raises if the delta depends on the input
@@ -282,7 +284,7 @@ def _check_only_deltas(whole: Iterable[str], token_rows: object, biases: str) ->
 
 def _read(
     root: nn.Module, adapter: SavedAdapter, hub: HubOptions
-) -> tuple[Any, dict[str, Tensor], str]:
+) -> tuple[TargetedConfig, dict[str, Tensor], str]:
     """Return the config and tensors of an adapter under present names, and its place."""
     if not isinstance(adapter, tuple):
         config, state = read_checkpoint(root, adapter, None, hub)
@@ -294,5 +296,4 @@ def _read(
             "`convert_to_lora` returns it."
         )
     keyed = {key if key.startswith(ROOT) else MODEL_ROOT + key: t for key, t in given.items()}
-    config, state = present_names(root, config, keyed)  # type: ignore[type-var]
-    return config, state, "The adapter's tensors"
+    return *present_names(root, config, keyed), "The adapter's tensors"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -75,11 +75,11 @@ def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
     )
 
 
-def _pickled(cls: Any) -> Any:
+def _pickled(cls: _Combined) -> str | tuple[Callable[..., _Combined], tuple[type, ...]]:
     """Return the way to make a class again: of its parts, or by its name for a further subclass."""
     if "_made_of" not in vars(cls):
         return cls.__qualname__
-    model_cls, tuner_cls = cls._made_of
+    model_cls, tuner_cls = vars(cls)["_made_of"]
     return model_cls._around, (tuner_cls,)
 
 
@@ -93,5 +93,5 @@ def is_tuner(module: nn.Module | None) -> bool:
 
 def tuner_of(model: nn.Module) -> AdaptedModel | None:
     """Return the tuner of a `PeftModel`, None for any other model."""
-    tuner: Any = model._modules.get("base_model")
-    return tuner if is_tuner(tuner) else None
+    tuner = model._modules.get("base_model")
+    return cast("AdaptedModel", tuner) if is_tuner(tuner) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,19 +19,20 @@ from ..base.calls.rows import MOE_TOKENS, ExpertTokens
 from ..base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
 from ..base.containers import walk
 from .auxiliary import AuxiliaryTrainingWrapper
+from .layer import BaseTunerLayer
 
 
 def note(model: nn.Module, paths: Iterable[str]) -> None:
     """Set row layouts of adapted modules, and make mixtures of experts note their token choice."""
     has_experts = False
     for path in paths:
-        module: Any = model.get_submodule(path)
+        module = model.get_submodule(path)
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.layout = row_layout(
                 model, path, int(not isinstance(module.original_module, nn.Embedding))
             )
         # Layers with adapters, of several methods one around the other.
-        while "base_layer" in module._modules and hasattr(module, "layout"):
+        while isinstance(module, BaseTunerLayer):
             module.layout = row_layout(model, path, module.layout.features)
             has_experts |= module.layout.expert is not None
             module = module.base_layer

@@ -9,7 +9,7 @@ layer and supplies `delta_recipe` for stacked tensors and, to avoid the dense de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class ParameterLayer(BaseTunerLayer):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """True for an attention with one packed projection; torch's transformer layers ask."""
-        return cast(Any, innermost(self))._qkv_same_embed_dim
+        return bool(innermost(self)._qkv_same_embed_dim)
 
     def get_param(self) -> Tensor:
         """Return the parameter, without adapters that are not merged."""

@@ -205,10 +205,10 @@ def check_not_parameters(path: str, module: nn.Module) -> str | None:
 
 def layers_around(module: nn.Module) -> Iterator[ParameterLayer]:
     """Yield the layers around a module that adapt its parameters, from the outside."""
-    while "base_layer" in module._modules:
+    while (inner := module._modules.get("base_layer")) is not None:
         if isinstance(module, ParameterLayer):
             yield module
-        module = module._modules["base_layer"]  # type: ignore[assignment]
+        module = inner
 
 
 def nested_paths(targets: Iterable[ParameterTarget]) -> dict[str, ParameterTarget]:

@@ -66,12 +66,9 @@ class ReplicatedLayers(nn.ModuleList):
 
     def __getitem__(self, index: int | slice) -> Any:
         """Return a layer, or a plain list of some."""
-        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else self._at(index)
-
-    def _at(self, index: int) -> nn.Module:
-        layer = super().__getitem__(index)
-        assert isinstance(layer, nn.Module)
-        return layer
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self)[index])
+        return super().__getitem__(index)
 
 
 def replicate(model: nn.Module, layer_map: LayerMap | None) -> Undo:
@@ -122,7 +119,7 @@ def restore(model: nn.Module) -> None:
             parent, _, end = name.rpartition(".")
             setattr(layers[i].get_submodule(parent), end, buffer)
     parent, _, name = get_submodules(model, path)
-    config: Any = _config(parent, model)
+    config = _config(parent, model)
     for key, value in replicated.settings.items():
         setattr(config, key, value)
     setattr(parent, name, layers)
@@ -214,7 +211,7 @@ def _sharing_copy(layer: nn.Module, place: int) -> nn.Module:
     return result
 
 
-def _config(parent: nn.Module, model: nn.Module) -> object:
+def _config(parent: nn.Module, model: nn.Module) -> Any:
     """Return the config that counts a model's layers."""
     own = getattr(parent, "config", None)
     return own if hasattr(own, "num_hidden_layers") else getattr(model, "config", None)
@@ -224,7 +221,7 @@ def _changed_settings(
     parent: nn.Module, model: nn.Module, layers: nn.ModuleList, order: list[int]
 ) -> dict[str, object]:
     """Set what a config says about the layers, and return the values until now."""
-    config: Any = _config(parent, model)
+    config = _config(parent, model)
     if getattr(config, "num_hidden_layers", None) != len(layers):
         return {}
     lists = {

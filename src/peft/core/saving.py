@@ -97,7 +97,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_description: str | None = None,
-    **save_options: Any,
+    **save_options: object,
 ) -> object:
     """Save the adapters to a repository on the Hub, made if missing.
 

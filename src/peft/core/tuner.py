@@ -236,7 +236,7 @@ class BaseTuner(AdaptedModel[C]):
         return present_names(self.model, config, state)
 
     def merge_options_of(
-        self, adapter_name: str, options: Mapping[str, Any]
+        self, adapter_name: str, options: Mapping[str, object]
     ) -> Mapping[str, object]:
         """Return the checked `merge_options` that an adapter is merged with, or raise."""
         return dict(options)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     layer = innermost(module)
     if quantization.quantizer(layer) is not None:
         return dense_weight(layer).to(quantization.numbers_dtype(layer))
-    weight: Any = layer.weight
+    weight = cast(Tensor, layer.weight)
     is_plain = weight.is_floating_point() and not quantization.is_quantized_tensor(weight)
     return weight if is_plain else dense_weight(layer)
 

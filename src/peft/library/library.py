@@ -186,7 +186,7 @@ class AdapterLibrary:
             task: Name of a task that it has.
             rank: `r` of the config.
             min_scores: Least value of scores, by name.
-            where: Any other test of an entry.
+            where: A further test of an entry.
 
         Raises:
             PeftValueError: No adapter of the library has such a score, or no method that name.

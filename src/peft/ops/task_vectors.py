@@ -40,7 +40,7 @@ def prune(
     """Set a share of a tensor's elements to zero.
 
     Args:
-        tensor: Any shape.
+        tensor: A tensor of any shape.
         density: Share of elements to keep; 1 or more keeps all, with a warning.
         method: "magnitude" keeps the largest elements, "random" draws them.
         rescale: Divide the drawn elements by `density`.

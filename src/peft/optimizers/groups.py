@@ -143,7 +143,7 @@ def create_optimizer(
 
     Args:
         model, lr, rates, ratios, weight_decay: As for `parameter_groups`.
-        optimizer_cls: Any torch optimizer.
+        optimizer_cls: The class of a torch optimizer.
         **options: Options of the optimizer (`betas`, `momentum`, …).
 
     Raises:

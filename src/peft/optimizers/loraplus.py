@@ -28,7 +28,7 @@ def create_loraplus_optimizer(
     Args:
         model: A model with adapters that have a factor "B": LoRA, or LoKr (the output sides of its
             low-rank factors).
-        optimizer_cls: Any torch optimizer.
+        optimizer_cls: The class of a torch optimizer.
         lr: Rate of everything but `B` and embeddings.
         loraplus_lr_ratio: Ratio of the rates, at least 1; 16 in the paper's recommendation. Its
             authors advise a somewhat smaller `lr` than without it for hard tasks.

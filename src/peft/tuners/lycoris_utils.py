@@ -148,7 +148,7 @@ class LycorisParameters(ParameterLayer, LycorisLayer):
         if initialize:
             self.reset_adapter_parameters(adapter_name, config.init_weights)
 
-    def reset_adapter_parameters(self, adapter_name: str, init_weights: Any = True) -> None:
+    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw an adapter's tensors again, those of each expert as those of a linear layer."""
         for expert in range(self.num_experts):
             with self._as_expert(adapter_name, expert):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
 from ...base.tracing import shapes, untraced
 from ...base.validation import number
+
+Shares: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+"""The share of each task in a blend, by id, by name, or by both."""
 
 # Largest number of task names in a message; an adapter may have thousands.
 _LISTED = 16
@@ -105,9 +108,7 @@ def one_task(task: object, adapter: HasTasks, argument: str = "task_id") -> int:
     return first
 
 
-def task_shares(
-    shares: Mapping[int | str, object], adapter: HasTasks, argument: str
-) -> dict[int, float]:
+def task_shares(shares: Shares, adapter: HasTasks, argument: str) -> dict[int, float]:
     """Return the share of each task in a blend, by id; a task given by id and by name has the sum
     of both shares.
     """

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from ...base.containers import walk
 from ...config import TargetedConfig
@@ -42,7 +42,7 @@ class RoutingTuner(BaseTuner[C]):
         """Give the model its own methods back."""
         self.routing.detach(self.model)
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Call the model; a client's own `forward`, for example TRL's, takes `task_ids` too."""
         self.routing.ensure_wrapped(self.model)
         return super().forward(*args, **kwargs)

@@ -133,17 +133,13 @@ def combine(
         path: _made(own, request, rank, layers[path].geometry.transposed)
         for path, own in track(terms.items(), "Combining")
     }
-    r = (
-        rank
-        if request.kind.endswith("svd")
-        else max(factors.A.shape[0] for factors in made.values())
-    )
+    r = rank
+    if not request.kind.endswith("svd"):
+        r = max(factors.A.shape[0] for factors in made.values())
     config = configs[request.adapters[0]]
     start = True if config.starts_from_weight else config.init_lora_weights
-    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
-    result = Combined(
-        replace(config, r=r, lora_alpha=r, use_rslora=False, init_lora_weights=start, **patterns)
-    )
+    plain = replace(config, use_rslora=False, init_lora_weights=start)
+    result = Combined(replace(plain, r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}))
     for path, layer in layers.items():
         missing = r - made[path].A.shape[0]
         A, B = F.pad(made[path].A, (0, 0, 0, missing)), F.pad(made[path].B, (0, missing))
@@ -183,9 +179,10 @@ def _by_element(tensors: list[Tensor], weights: list[float], request: Combinatio
     """Combine tensors of one shape element by element, as the request says."""
     w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
     kind = request.kind.removesuffix("_svd")
-    density: Any = request.density
     if kind in ("svd", "linear"):
         return merge_utils.task_arithmetic(tensors, w)
+    density = request.density
+    assert density is not None  # which was checked
     if kind == "magnitude_prune":
         return merge_utils.magnitude_prune(tensors, w, density)
     if kind == "dare_linear":

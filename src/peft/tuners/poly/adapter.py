@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from torch import Tensor
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Task: TypeAlias = int | str
 Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
-Shares: TypeAlias = Mapping[Any, float]  # by id, by name, or by both
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...core.combining import Combined, derive, file_paths
 from ...core.parameter_layer import ParameterLayer
-from ...core.routing.task_ids import task_shares
-from .adapter import PolyAdapter, Shares, Tasks
+from ...core.routing.task_ids import Shares, task_shares
+from .adapter import PolyAdapter, Tasks
 from .config import single_skill
 from .layer import PolyLayer
 from .mixing import task_factors

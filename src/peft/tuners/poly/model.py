@@ -18,10 +18,10 @@ from ...core.injection import Build
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
 from ...core.parameter_targets import ParameterTarget
-from ...core.routing.task_ids import one_task, some_tasks, task_shares
+from ...core.routing.task_ids import Shares, one_task, some_tasks, task_shares
 from ...core.routing.tuner import RoutingTuner
 from . import combining, extraction, fewshot, inventory, regimes
-from .adapter import PolyAdapter, Shares, Task, Tasks
+from .adapter import PolyAdapter, Task, Tasks
 from .config import PolyConfig
 from .fewshot import TaskFit
 from .inventory import WeightTable

@@ -21,7 +21,7 @@ from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
 from ....checkpoint.keys import adapter_tensors
 from ....checkpoint.state_dict import get_peft_model_state_dict
-from ....core.conversion import root_of
+from ....core.conversion import config_of, root_of
 from ....core.filling import fill_with
 from ....core.injection import Build
 from ....core.model_methods import tuner_of
@@ -293,7 +293,7 @@ def read_lokr_adapter(
     """
     host = _stand_in(read_lokr_file(file), component) if model is None else model
     load_lokr_file(host, file, component=component)
-    config: Any = host.peft_config["default"]  # type: ignore[index, union-attr]
+    config = config_of(host, "default")
     state = get_peft_model_state_dict(host)
     if model is None:
         paths = {path for path, module in walk(host) if isinstance(module, LoKrLayer)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import index
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -328,14 +328,13 @@ def _integers(name: str, values: object) -> Tensor:
     return values.long()
 
 
-def _logits_of(outputs: Any) -> Tensor:
+def _logits_of(outputs: object) -> Tensor:
     """Return the logits of a model's output."""
     logits = outputs
-    if not isinstance(outputs, Tensor):
-        try:
-            logits = outputs["logits" if isinstance(outputs, Mapping) else 0]
-        except (KeyError, IndexError, TypeError):
-            logits = None
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, Sequence) and outputs:
+        logits = outputs[0]
     if not isinstance(logits, Tensor):
         raise PeftTypeError(
             f"`outputs` ({type(outputs).__name__}) has no logits; expected a model's output with "
