@@ -388,7 +388,7 @@ class PeftConfig:
             warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
                 "ignored. This probably means that the configuration file was saved by a newer "
-                "version or by another implementation.",
+                "version or by another implementation."
             )
         return {key: value for key, value in kwargs.items() if key in known}
 

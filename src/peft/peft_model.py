@@ -22,12 +22,7 @@ from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from .base.missing_attribute import PeftAttributeError
 from .base.modules import check_model
 from .base.placeholders import placeholder
-from .base.registry import (
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    TaskType,
-    lookup,
-)
+from .base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
 from .config import PeftConfig, check_config
 from .core import loading, saving
@@ -105,7 +100,7 @@ class PeftModel(nn.Module):
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to "
-                "reload the model with a different config, make sure to call `.unload()` before.",
+                "reload the model with a different config, make sure to call `.unload()` before."
             )
         tuner_cls = self._tuner_class(peft_config)
         self.base_model: AdaptedModel = tuner_cls(
@@ -400,7 +395,7 @@ class PeftModel(nn.Module):
             warn(
                 "The model contains some adapter layers that are enabled and others that are "
                 "disabled. All of them will be enabled at the end of the `disable_adapter` "
-                "context.",
+                "context."
             )
         self.base_model.disable_adapter_layers()
         try:

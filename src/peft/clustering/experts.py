@@ -82,10 +82,7 @@ def expert_deltas(
 
 
 def save_experts(
-    folder: Path,
-    source: DeltaSource,
-    clusters: Sequence[Cluster],
-    rank: int | float | None,
+    folder: Path, source: DeltaSource, clusters: Sequence[Cluster], rank: int | float | None
 ) -> dict[str, float]:
     """Write each cluster's expert as a LoRA adapter; return the errors."""
     experts = expert_deltas(source, clusters, rank)
@@ -104,10 +101,7 @@ def save_experts(
 
 
 def inventory_of_experts(
-    source: DeltaSource,
-    clusters: Sequence[Cluster],
-    rank: int | float | None,
-    own_weight: float,
+    source: DeltaSource, clusters: Sequence[Cluster], rank: int | float | None, own_weight: float
 ) -> PolyConversion:
     """Return the Poly adapter with a skill for each cluster and a task for each member."""
     skills = expert_deltas(source, clusters, rank)

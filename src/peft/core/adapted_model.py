@@ -358,7 +358,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             if biases != "none":
                 warn(
                     f"Careful, disabling adapter layers with bias configured to be '{biases}' does "
-                    "not produce the same output as the base model would without adaption.",
+                    "not produce the same output as the base model would without adaption."
                 )
         self._enable(False)
 

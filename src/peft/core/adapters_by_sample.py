@@ -57,11 +57,7 @@ def apply_one_by_one(
     owner = owners.owner
     changed = [
         layer.apply_to_samples(
-            name,
-            batch.samples[name],
-            x[own],
-            result[own],
-            None if owner is None else owner[own],
+            name, batch.samples[name], x[own], result[own], None if owner is None else owner[own]
         ).to(result.dtype)
         for name, own in rows.items()
     ]

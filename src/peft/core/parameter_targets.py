@@ -73,10 +73,7 @@ class ParameterTarget(NamedTuple):
 
 
 def find(
-    config: TargetedConfig,
-    root: nn.Module,
-    modules: Mapping[str, nn.Module],
-    is_new: bool = True,
+    config: TargetedConfig, root: nn.Module, modules: Mapping[str, nn.Module], is_new: bool = True
 ) -> list[ParameterTarget]:
     """Return the targeted parameters in the order of their registration.
 

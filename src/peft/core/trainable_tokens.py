@@ -93,10 +93,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     @staticmethod
     def rows_of(
-        module: nn.Module,
-        indices: list[int],
-        place: Placement,
-        initialize: bool,
+        module: nn.Module, indices: list[int], place: Placement, initialize: bool
     ) -> TokenRows:
         """Return an adapter's rows: those of the module's weight, or memory for them."""
         if isinstance(module, TrainableTokensWrapper):

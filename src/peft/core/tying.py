@@ -126,7 +126,7 @@ def warn_of_ties(model: nn.Module, plan: _Plan) -> None:
                 warn(
                     f"`{path}` shares a weight with {', '.join(f'`{other}`' for other in others)}, "
                     f"which will go on using it as it is: {remedy} `merge_adapter` changes it "
-                    "in both places, `merge_and_unload` makes two weights of it.",
+                    "in both places, `merge_and_unload` makes two weights of it."
                 )
 
 

@@ -12,12 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    PeftValueError,
-    warn,
-)
+from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError, warn
 from ..base.validation import at_least, check_flags
 from ..checkpoint.hub import local_folder, only_hub_options
 from ..checkpoint.paths import as_path, check_path
@@ -341,8 +336,7 @@ class AdapterLibrary:
         """
         given, gone = checked_tags(tags), set(checked_tags(remove, "remove"))
         self._edit(
-            names,
-            lambda entry: replace(entry, tags=tuple(sorted({*entry.tags, *given} - gone))),
+            names, lambda entry: replace(entry, tags=tuple(sorted({*entry.tags, *given} - gone)))
         )
 
     def score(self, name: str, **scores: float | None) -> None:
@@ -352,8 +346,7 @@ class AdapterLibrary:
         self._edit(
             name,
             lambda entry: replace(
-                entry,
-                scores={k: v for k, v in {**entry.scores, **given}.items() if k not in gone},
+                entry, scores={k: v for k, v in {**entry.scores, **given}.items() if k not in gone}
             ),
         )
 
@@ -427,12 +420,7 @@ class AdapterLibrary:
         return put_on(model, contents, autocast_adapter_dtype)
 
     def route(
-        self,
-        model: nn.Module,
-        names: Names | None = None,
-        *,
-        general: Names = (),
-        **options: Any,
+        self, model: nn.Module, names: Names | None = None, *, general: Names = (), **options: Any
     ) -> PeftModel:
         """Return a model that chooses among adapters of the library, as `get_routed_model` does.
 

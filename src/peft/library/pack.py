@@ -245,9 +245,7 @@ class AdapterPack:
                 sync_folder(target)
 
     def update(
-        self,
-        add: Mapping[str, str | os.PathLike[str]] | None = None,
-        remove: Iterable[str] = (),
+        self, add: Mapping[str, str | os.PathLike[str]] | None = None, remove: Iterable[str] = ()
     ) -> AdapterPack:
         """Write the file again with members added, replaced or removed, and return it opened.
 
@@ -274,9 +272,7 @@ class AdapterPack:
 
     @classmethod
     def write(
-        cls,
-        path: str | os.PathLike[str],
-        adapters: Mapping[str, str | os.PathLike[str]],
+        cls, path: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]]
     ) -> AdapterPack:
         """Write a pack and return it opened.
 

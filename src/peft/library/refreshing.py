@@ -13,13 +13,7 @@ from ..base.progress import track
 from .configs import config_digest, config_from, facts_of
 from .entry import AdapterEntry, Place, Stamps
 from .index import Index
-from .inspecting import (
-    UnfitError,
-    check_keys,
-    inspect_folder,
-    is_lasting,
-    reason_of,
-)
+from .inspecting import UnfitError, check_keys, inspect_folder, is_lasting, reason_of
 from .naming import default_name, free_name
 from .pack import AdapterPack
 from .scanning import Files, Scan, scan

@@ -88,11 +88,7 @@ def scan(root: str, follow_links: bool = False) -> Scan:
 
 
 def _note(
-    result: Scan,
-    path: str,
-    files: dict[str, os.DirEntry[str]],
-    real_root: str,
-    follow_links: bool,
+    result: Scan, path: str, files: dict[str, os.DirEntry[str]], real_root: str, follow_links: bool
 ) -> None:
     """Note an adapter or pack that consists of some files, or why it is left out."""
     weights = next((name for name in _FILES[1:] if name in files), None)

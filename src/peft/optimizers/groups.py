@@ -276,10 +276,7 @@ def _role(name: str, methods: Mapping[str, type[BaseTuner]]) -> tuple[str, Role]
 
 
 def _check_numbers(
-    lr: float | None,
-    rates: Mapping[str, float],
-    ratios: Mapping[str, float],
-    weight_decay: float,
+    lr: float | None, rates: Mapping[str, float], ratios: Mapping[str, float], weight_decay: float
 ) -> None:
     """Check that all numbers are finite and not negative."""
     numbers = {"`lr`": 0.0 if lr is None else lr, "`weight_decay`": weight_decay}

@@ -28,13 +28,7 @@ from .lora import (
     save_tasks_as_lora,
 )
 from .poly import PolyConfig, PolyModel, convert_to_poly, routing_report, save_as_poly
-from .routed import (
-    ArrowConfig,
-    RoutedConfig,
-    RoutedModel,
-    create_arrow_model,
-    get_routed_model,
-)
+from .routed import ArrowConfig, RoutedConfig, RoutedModel, create_arrow_model, get_routed_model
 from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 
 if _typing.TYPE_CHECKING:

@@ -15,11 +15,7 @@ from ..base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..base.modules import _get_submodules, infer_device, shift_tokens_right
 from ..base.placeholders import placeholder as _placeholder
 from ..base.registry import PeftType, TaskType, register_peft_method
-from ..base.tensors import (
-    cast_mixed_precision_params,
-    id_tensor_storage,
-    transpose,
-)
+from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, transpose
 from ..checkpoint.hub import load_peft_weights
 from ..checkpoint.state_dict import (
     get_base_model_state_dict,

@@ -19,11 +19,7 @@ from ..base.modules import (
 )
 from ..base.patterns import matches_path
 from ..base.placeholders import placeholder
-from ..base.tensors import (
-    cast_mixed_precision_params,
-    id_tensor_storage,
-    transpose,
-)
+from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, transpose
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
 from ..integrations.distributed import fsdp_auto_wrap_policy

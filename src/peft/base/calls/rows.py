@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from ..containers import walk
 from ..errors import PeftValueError
 from ..tracing import shapes
-from .arguments import (
-    NO_TOKENS,
-    ArgumentShape,
-    argument_shapes,
-    count_samples,
-    generation_option,
-)
+from .arguments import NO_TOKENS, ArgumentShape, argument_shapes, count_samples, generation_option
 from .layout import SAMPLES_FIRST, RowLayout, is_sequence_first
 from .stack import CallStack
 

@@ -57,9 +57,7 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
             tensors[f"{key}.weight"] = router.weight.detach().clone()
     names = adapter.config.task_names
     config = replace(
-        adapter.config,
-        n_tasks=len(numbers),
-        task_names=names and [names[task] for task in numbers],
+        adapter.config, n_tasks=len(numbers), task_names=names and [names[task] for task in numbers]
     )
     derive(adapter.tuner, new_adapter, adapter.name, Combined(config, tensors))
 

@@ -154,11 +154,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
     @classmethod
     def conversion_options(
-        cls,
-        config: PolyConfig,
-        *,
-        task_id: Task | Shares | None = None,
-        **options: object,
+        cls, config: PolyConfig, *, task_id: Task | Shares | None = None, **options: object
     ) -> dict[str, int | dict[int, float]]:
         """Return the task, or the shares of several, by id."""
         super().conversion_options(config, **options)
@@ -210,9 +206,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
         return {path: router.task_weights().detach() for path, router in routers.items()}
 
     def set_router_weights(
-        self,
-        weights: WeightTable | Mapping[str, WeightTable],
-        adapter_name: str | None = None,
+        self, weights: WeightTable | Mapping[str, WeightTable], adapter_name: str | None = None
     ) -> None:
         """Set the weights with which each task mixes the skills, as `get_router_weights` returns
         them. They stay so with `routing="fixed"`; learned routing starts from them.
@@ -349,10 +343,7 @@ class PolyModel(RoutingTuner[PolyConfig]):
             extraction.average_skills(PolyAdapter.of(self, adapter_name), new_adapter)
 
     def extract_tasks(
-        self,
-        new_adapter: str,
-        tasks: Tasks | Shares,
-        adapter_name: str | None = None,
+        self, new_adapter: str, tasks: Tasks | Shares, adapter_name: str | None = None
     ) -> None:
         """Make a smaller adapter of some tasks, which compute the same there. It is frozen until
         `set_adapter`.

@@ -57,10 +57,7 @@ REGIMES = {regime.name: regime for regime in _ALL}
 
 
 def begin_regime(
-    adapter: PolyAdapter,
-    regime: str,
-    tasks: Tasks | None = None,
-    new_adapter: str | None = None,
+    adapter: PolyAdapter, regime: str, tasks: Tasks | None = None, new_adapter: str | None = None
 ) -> Regime:
     """Prepare an adapter for a regime; `PolyModel.begin_regime` documents the arguments."""
     chosen = _regime_named(regime)

@@ -211,11 +211,7 @@ def _fitted(
 
 @torch.no_grad()
 def _initialize(
-    experts: list[str],
-    vectors: Sequence[Tensor],
-    init: str | None,
-    bound: float,
-    loss: FewShotLoss,
+    experts: list[str], vectors: Sequence[Tensor], init: str | None, bound: float, loss: FewShotLoss
 ) -> str | None:
     """Set the weights to a start; return the expert of "best"."""
     best, least = None, float("inf")

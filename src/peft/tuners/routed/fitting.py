@@ -104,10 +104,7 @@ def _mean_inputs(
 
         layer.routing.chosen_by_input(x, layer, adapter_name, add)
 
-    with (
-        _running_one_expert(adapter, with_expert),
-        watched_inputs(tuner, layers, note),
-    ):
+    with _running_one_expert(adapter, with_expert), watched_inputs(tuner, layers, note):
         for batch in batches:
             if isinstance(batch, Tensor):
                 tuner(batch, task_ids=number)
@@ -149,10 +146,7 @@ def _running_one_expert(adapter: RoutedAdapter, with_expert: bool = True) -> Ite
 
 
 def fit_gates(
-    adapter: RoutedAdapter,
-    examples: Mapping[str, Loss] | Loss,
-    steps: int,
-    lr: float,
+    adapter: RoutedAdapter, examples: Mapping[str, Loss] | Loss, steps: int, lr: float
 ) -> dict[str, list[float]]:
     """Train gates or expert weights, all else frozen; return the losses of each fit."""
     config, layers, adapter_name = adapter.config, adapter.layers, adapter.name

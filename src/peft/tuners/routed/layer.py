@@ -279,10 +279,7 @@ class RoutedLayer(RoutingLayer):
         return task_id if is_int(task_id) else None
 
     def delta_recipe(
-        self,
-        adapter_name: str,
-        task_id: int | Mapping[int, float] | None = None,
-        **options: object,
+        self, adapter_name: str, task_id: int | Mapping[int, float] | None = None, **options: object
     ) -> Recipe:
         """Return the delta of an expert, or of a blend, as a pair of factors."""
         shares = self.shares(adapter_name, task_id)
@@ -291,10 +288,7 @@ class RoutedLayer(RoutingLayer):
         return Recipe(sum_of_products, (self.geometry, pair))
 
     def get_delta_weight(
-        self,
-        adapter_name: str,
-        task_id: int | Mapping[int, float] | None = None,
-        **options: object,
+        self, adapter_name: str, task_id: int | Mapping[int, float] | None = None, **options: object
     ) -> Tensor:
         """Return the delta of an expert, or of a blend, in the base weight's layout."""
         return self.delta_recipe(adapter_name, task_id).weight()

@@ -231,10 +231,7 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             inventory.remove_experts(adapter, names)
 
     def collect_prototypes(
-        self,
-        examples: fitting.Examples,
-        with_expert: bool = True,
-        adapter_name: str | None = None,
+        self, examples: fitting.Examples, with_expert: bool = True, adapter_name: str | None = None
     ) -> None:
         """Set the prototypes of "activation" routing: each layer's mean input over a few examples
         of each expert. Labels are not needed.

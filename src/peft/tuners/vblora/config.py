@@ -10,15 +10,7 @@ from typing import ClassVar
 import torch
 
 from ...base.registry import PeftType
-from ...config import (
-    TargetedConfig,
-    at_least,
-    boolean,
-    choice,
-    is_int,
-    number,
-    probability,
-)
+from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
 
 @dataclass

@@ -19,11 +19,7 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
 
 
 def plot_bank_usage(
-    folder: Path,
-    factors: Sequence[tuple[str, str]],
-    counts: Tensor,
-    weights: Tensor,
-    summary: str,
+    folder: Path, factors: Sequence[tuple[str, str]], counts: Tensor, weights: Tensor, summary: str
 ) -> list[Path]:
     """Write "bank_map.png", "bank_histogram.png" and "bank_layers.png" into a folder.
 

@@ -37,11 +37,7 @@ _OTHER_METHODS = (
         "`load_lora_weights`",
     ),
     (r"\bhada_w1", "a LoHa file", "`PeftModel.from_pretrained` loads one that has its config"),
-    (
-        r"\b(poly_lora|vblora)_",
-        "a Poly or VB-LoRA adapter",
-        "`PeftModel.from_pretrained` loads it",
-    ),
+    (r"\b(poly_lora|vblora)_", "a Poly or VB-LoRA adapter", "`PeftModel.from_pretrained` loads it"),
 )
 
 

@@ -200,10 +200,7 @@ class TaskLabels:
         return masked.argmax(-1) - starts.to(masked.device).view(-1, *[1] * (masked.dim() - 2))
 
     def loss(
-        self,
-        outputs: object,
-        labels: Tensor,
-        num_items_in_batch: float | Tensor | None = None,
+        self, outputs: object, labels: Tensor, num_items_in_batch: float | Tensor | None = None
     ) -> Tensor:
         """Return the cross-entropy of each sample's label among the labels of its task; a
         `compute_loss_func` for `Trainer`.
