@@ -28,17 +28,9 @@ from .peft_model import PeftModel
 _CONFIG = "config.json"
 # Ends of the names of weights, which a merged model has in files of its own.
 _WEIGHTS = (
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".pt",
-    ".pth",
-    ".safetensors",
+    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors",
     ".index.json",
-)
+)  # fmt: skip
 
 
 def meta_model(

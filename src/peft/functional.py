@@ -23,14 +23,9 @@ from .mapping import inject_adapter_in_model
 from .tuners.mixed import MixedModel
 
 __all__ = [
-    "cast_adapter_dtype",
-    "delete_adapter",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "set_adapter",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-]
+    "cast_adapter_dtype", "delete_adapter", "get_peft_model_state_dict", "inject_adapter_in_model",
+    "set_adapter", "set_peft_model_state_dict", "set_requires_grad",
+]  # fmt: skip
 
 
 def set_adapter(

@@ -22,14 +22,9 @@ from .core.layer import BaseTunerLayer
 from .peft_model import PeftModel
 
 __all__ = [
-    "DoraCaching",
-    "check_if_peft_model",
-    "disable_input_dtype_casting",
-    "rescale_adapter_scale",
-    "update_forward_signature",
-    "update_generate_signature",
-    "update_signature",
-]
+    "DoraCaching", "check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale",
+    "update_forward_signature", "update_generate_signature", "update_signature",
+]  # fmt: skip
 
 
 # Names of the interface that this package does not implement; each is a placeholder.

@@ -28,17 +28,10 @@ from .tuners.lokr.files.reading import writer_of
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Fields of a config that the report shows apart, or that say nothing of the adapter.
-_APART = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    ]
-)
+_APART = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
+    "revision", "task_type",
+})  # fmt: skip
 
 
 @dataclass

@@ -25,13 +25,10 @@ from .config import PeftConfig, check_config
 from .core.tuner import BaseTuner
 
 __all__ = [
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "get_peft_config",
+    "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
     "inject_adapter_in_model",
-]
+]  # fmt: skip
 
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided

@@ -36,28 +36,14 @@ _LORA_OPTIONS = frozenset(
     ["ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"]
 )
 # Modules of features that this package lacks, in addition to the folders of methods.
-_FEATURES = frozenset(
-    [
-        "peft.optimizers.lorafa",
-        "peft.optimizers.riemannian",
-        "peft.tuners._buffer_dict",
-        "peft.tuners.lora.aqlm",
-        "peft.tuners.lora.arrow",
-        "peft.tuners.lora.awq",
-        "peft.tuners.lora.dora",
-        "peft.tuners.lora.eetq",
-        "peft.tuners.lora.gptq",
-        "peft.tuners.lora.hqq",
-        "peft.tuners.lora.inc",
-        "peft.tuners.lora.intruders",
-        "peft.tuners.lora.monteclora",
-        "peft.tuners.lora.te",
-        "peft.tuners.lora.tp_layer",
-        "peft.tuners.lora.velora",
-        "peft.utils.incremental_pca",
-        "peft.utils.quantization_utils",
-    ]
-)
+_FEATURES = frozenset({
+    "peft.optimizers.lorafa", "peft.optimizers.riemannian", "peft.tuners._buffer_dict",
+    "peft.tuners.lora.aqlm", "peft.tuners.lora.arrow", "peft.tuners.lora.awq",
+    "peft.tuners.lora.dora", "peft.tuners.lora.eetq", "peft.tuners.lora.gptq",
+    "peft.tuners.lora.hqq", "peft.tuners.lora.inc", "peft.tuners.lora.intruders",
+    "peft.tuners.lora.monteclora", "peft.tuners.lora.te", "peft.tuners.lora.tp_layer",
+    "peft.tuners.lora.velora", "peft.utils.incremental_pca", "peft.utils.quantization_utils",
+})  # fmt: skip
 
 
 @cache

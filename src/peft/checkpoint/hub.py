@@ -21,71 +21,28 @@ from .paths import check_path
 T = TypeVar("T")
 # Keyword arguments of huggingface_hub by name.
 HubOptions: TypeAlias = dict[str, Any]
-HUB_OPTIONS = frozenset(
-    [
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "repo_type",
-        "revision",
-        "subfolder",
-        "token",
-        "user_agent",
-    ]
-)
+HUB_OPTIONS = frozenset({
+    "cache_dir", "force_download", "local_files_only", "repo_type", "revision", "subfolder",
+    "token", "user_agent",
+})  # fmt: skip
 # Options of earlier versions of huggingface_hub, which callers still pass. They have no effect.
-_OBSOLETE = frozenset(
-    [
-        "_commit_hash",
-        "adapter_kwargs",
-        "etag_timeout",
-        "proxies",
-        "resume_download",
-        "use_auth_token",
-    ]
-)
+_OBSOLETE = frozenset({
+    "_commit_hash", "adapter_kwargs", "etag_timeout", "proxies", "resume_download",
+    "use_auth_token",
+})  # fmt: skip
 # Options for loading the base model, which callers pass on to the adapter. They have no effect.
-_FOR_BASE_MODEL = frozenset(
-    [
-        "attn_implementation",
-        "config",
-        "device_map",
-        "dtype",
-        "ignore_mismatched_sizes",
-        "load_in_4bit",
-        "load_in_8bit",
-        "low_cpu_mem_usage",
-        "max_memory",
-        "offload_buffers",
-        "offload_dir",
-        "offload_folder",
-        "offload_index",
-        "offload_state_dict",
-        "quantization_config",
-        "torch_device",
-        "torch_dtype",
-        "trust_remote_code",
-        "use_flash_attention_2",
-        "use_safetensors",
-        "variant",
-        "weights_only",
-    ]
-)
+_FOR_BASE_MODEL = frozenset({
+    "attn_implementation", "config", "device_map", "dtype", "ignore_mismatched_sizes",
+    "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory", "offload_buffers",
+    "offload_dir", "offload_folder", "offload_index", "offload_state_dict", "quantization_config",
+    "torch_device", "torch_dtype", "trust_remote_code", "use_flash_attention_2", "use_safetensors",
+    "variant", "weights_only",
+})  # fmt: skip
 # Options for saving a whole model, which callers pass on to the adapter. They have no effect.
-_FOR_SAVING = frozenset(
-    [
-        "max_shard_size",
-        "push_to_hub",
-        "repo_id",
-        "save_function",
-        "save_peft_format",
-        "tags",
-        "token",
-        "use_auth_token",
-        "use_temp_dir",
-        "variant",
-    ]
-)
+_FOR_SAVING = frozenset({
+    "max_shard_size", "push_to_hub", "repo_id", "save_function", "save_peft_format", "tags",
+    "token", "use_auth_token", "use_temp_dir", "variant",
+})  # fmt: skip
 
 
 def pass_over(options: Mapping[str, object], caller: str) -> None:

@@ -26,14 +26,8 @@ TOKEN_ROWS = "trainable_tokens_delta"
 WHOLE_MODULES = "modules_to_save"
 # Names of token embeddings, and of the output head that can share their weight.
 _EMBEDDINGS = (
-    "embed_tokens",
-    "lm_head",
-    "wte",
-    "word_embeddings",
-    "shared",
-    "embed_in",
-    "embed_out",
-)
+    "embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out",
+)  # fmt: skip
 
 
 def checkpoint_key(

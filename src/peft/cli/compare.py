@@ -17,12 +17,8 @@ from .common import PLACE, host_of, model_options, named_sources, shared_options
 
 # Fields that say nothing of what an adapter computes, or that are made from its tensors here.
 _UNIMPORTANT = {
-    "auto_mapping",
-    "exclude_modules",
-    "inference_mode",
-    "peft_version",
-    "target_modules",
-}
+    "auto_mapping", "exclude_modules", "inference_mode", "peft_version", "target_modules",
+}  # fmt: skip
 
 
 @click.command()

@@ -57,13 +57,8 @@ class LycorisLayer(BaseTunerLayer):
     """
 
     other_param_names: ClassVar[tuple[str, ...]] = (
-        "r",
-        "alpha",
-        "scaling",
-        "rank_dropout",
-        "rank_dropout_scale",
-        "module_dropout",
-    )
+        "r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout",
+    )  # fmt: skip
 
     r: dict[str, int]
     alpha: dict[str, float]

@@ -29,15 +29,10 @@ from ..core.unmatched_names import layer_choice
 from ..integrations.accelerate import loaded_weights
 
 __all__ = [
-    "AdapterModuleDict",
-    "AdapterParameterDict",
-    "BaseTuner",
-    "BaseTunerLayer",
-    "check_adapters_to_merge",
-    "check_target_module_exists",
-    "inspect_matched_modules",
+    "AdapterModuleDict", "AdapterParameterDict", "BaseTuner", "BaseTunerLayer",
+    "check_adapters_to_merge", "check_target_module_exists", "inspect_matched_modules",
     "onload_layer",
-]
+]  # fmt: skip
 
 
 # Names of the interface that this package does not implement, as placeholders.

@@ -18,17 +18,8 @@ from ..base.errors import (
 )
 
 __all__ = [
-    "CheckpointError",
-    "CheckpointNotFoundError",
-    "CheckpointWriteError",
-    "NoMatchingPeftModuleError",
-    "PeftError",
-    "PeftNotSupportedError",
-    "PeftRuntimeError",
-    "PeftTypeError",
-    "PeftValueError",
-    "PeftWarning",
-    "UnsupportedModuleError",
-    "calling_library",
+    "CheckpointError", "CheckpointNotFoundError", "CheckpointWriteError",
+    "NoMatchingPeftModuleError", "PeftError", "PeftNotSupportedError", "PeftRuntimeError",
+    "PeftTypeError", "PeftValueError", "PeftWarning", "UnsupportedModuleError", "calling_library",
     "warn",
-]
+]  # fmt: skip

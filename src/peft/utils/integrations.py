@@ -12,11 +12,8 @@ from ..integrations.distributed import gather_params_ctx
 from ..integrations.quantization import get_bnb_param_type
 
 __all__ = [
-    "dequantize_module_weight",
-    "gather_params_ctx",
-    "get_bnb_param_type",
-    "init_empty_weights",
-]
+    "dequantize_module_weight", "gather_params_ctx", "get_bnb_param_type", "init_empty_weights",
+]  # fmt: skip
 
 # Names of the interface that this package does not implement, as placeholders.
 TpInfo: type

@@ -72,26 +72,10 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 __all__ = [
-    "CONFIG_NAME",
-    "SAFETENSORS_WEIGHTS_NAME",
-    "WEIGHTS_NAME",
-    "AuxiliaryTrainingWrapper",
-    "ModulesToSaveWrapper",
-    "TrainableTokensWrapper",
-    "_freeze_adapter",
-    "_get_no_split_modules",
-    "_get_submodules",
-    "cast_mixed_precision_params",
-    "check_model",
-    "fsdp_auto_wrap_policy",
-    "get_pattern_key",
-    "get_quantization_config",
-    "get_submodules",
-    "id_tensor_storage",
-    "infer_device",
-    "model_type",
-    "prepare_model_for_int8_training",
-    "prepare_model_for_kbit_training",
-    "shift_tokens_right",
-    "transpose",
-]
+    "CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper", "TrainableTokensWrapper", "_freeze_adapter", "_get_no_split_modules",
+    "_get_submodules", "cast_mixed_precision_params", "check_model", "fsdp_auto_wrap_policy",
+    "get_pattern_key", "get_quantization_config", "get_submodules", "id_tensor_storage",
+    "infer_device", "model_type", "prepare_model_for_int8_training",
+    "prepare_model_for_kbit_training", "shift_tokens_right", "transpose",
+]  # fmt: skip

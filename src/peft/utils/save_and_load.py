@@ -27,27 +27,12 @@ from ..checkpoint.state_dict import (
 )
 
 __all__ = [
-    "MODEL_ROOT",
-    "ROOT",
-    "LoadResult",
-    "adapter_config",
-    "adapter_tensors",
-    "check_complete",
-    "check_state",
-    "checkpoint_key",
-    "companion_tensors",
-    "get_base_model_state_dict",
-    "get_peft_model_state_dict",
-    "holders",
-    "import_state",
-    "in_view",
-    "is_embedding",
-    "load_peft_weights",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-    "unmerged",
+    "MODEL_ROOT", "ROOT", "LoadResult", "adapter_config", "adapter_tensors", "check_complete",
+    "check_state", "checkpoint_key", "companion_tensors", "get_base_model_state_dict",
+    "get_peft_model_state_dict", "holders", "import_state", "in_view", "is_embedding",
+    "load_peft_weights", "set_base_model_state_dict", "set_peft_model_state_dict", "unmerged",
     "write_state",
-]
+]  # fmt: skip
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
 

@@ -124,11 +124,8 @@ class LoKrConfig(LycorisConfig):
 
     largest_rank: ClassVar[int | None] = None  # such factors are full
     patterns: ClassVar[tuple[str, ...]] = (
-        *LycorisConfig.patterns,
-        "factor_pattern",
-        "tensor_shapes",
-        "row_offsets",
-    )
+        *LycorisConfig.patterns, "factor_pattern", "tensor_shapes", "row_offsets",
+    )  # fmt: skip
     absent_values: ClassVar[JsonObject] = {
         "kronecker_layout": "flat",
         "trainable_token_indices": None,

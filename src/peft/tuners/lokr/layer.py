@@ -59,13 +59,9 @@ class LoKrLayer(LycorisLayer):
     adapter_layer_names: ClassVar[tuple[str, ...]] = _FACTORS
     container_names: ClassVar[tuple[str, ...]] = (*_FACTORS, "lokr_scalar", "lokr_magnitude")
     value_names: ClassVar[tuple[str, ...]] = (
-        *LycorisLayer.value_names,
-        "flat_layout",
-        "full_matrix",
-        "use_rslora",
-        "wd_on_output",
+        *LycorisLayer.value_names, "flat_layout", "full_matrix", "use_rslora", "wd_on_output",
         "row_offset",
-    )
+    )  # fmt: skip
 
     lokr_scalar: AdapterParameterDict
     lokr_magnitude: AdapterParameterDict

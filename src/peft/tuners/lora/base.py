@@ -86,31 +86,15 @@ class LoraLayer(BaseTunerLayer):
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = (
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-    )
+        "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+    )  # fmt: skip
     other_param_names: ClassVar[tuple[str, ...]] = (
-        "r",
-        "lora_alpha",
-        "scaling",
-        "lora_dropout",
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-    )
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias",
+    )  # fmt: skip
     value_names: ClassVar[tuple[str, ...]] = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "lora_start",
+        "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "lora_start",
         "alora_invocation_tokens",
-    )
+    )  # fmt: skip
 
     # The weight that takes the base weight's place when a new adapter is put into the model.
     quantized_weight: QuantizedWeight | None = None

@@ -24,12 +24,9 @@ from .layer import Linear
 from .model import LoraModel
 
 __all__ = [
-    "forward_fn_dict",
-    "get_eva_state_dict",
-    "initialize_lora_eva_weights",
-    "prepare_layer_inputs_fn_language_modeling",
-    "prepare_model_inputs_fn_language_modeling",
-]
+    "forward_fn_dict", "get_eva_state_dict", "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling", "prepare_model_inputs_fn_language_modeling",
+]  # fmt: skip
 
 
 def prepare_model_inputs_fn_language_modeling(

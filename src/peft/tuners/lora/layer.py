@@ -27,15 +27,9 @@ from .param_wrapper import LoraParameterProxy, ParamWrapper
 from .starts.first import First, first_factors
 
 __all__ = [
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "Embedding",
-    "Linear",
-    "LoraLayer",
-    "MultiheadAttention",
+    "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention",
     "ParamWrapper",
-]
+]  # fmt: skip
 
 
 # The name in the interface.

@@ -130,12 +130,8 @@ class PolyConfig(TargetedConfig):
     }
     labels: ClassVar[tuple[str, ...]] = ("task_names",)
     sizes: ClassVar[tuple[str, ...]] = (
-        "r",
-        "n_skills",
-        "n_tasks",
-        "rank_pattern",
-        "n_skills_pattern",
-    )
+        "r", "n_skills", "n_tasks", "rank_pattern", "n_skills_pattern",
+    )  # fmt: skip
     patterns: ClassVar[tuple[str, ...]] = (*_PATTERNS, "routing_pattern")
     absent_values: ClassVar[JsonObject] = {
         "task_names": None,

@@ -78,12 +78,8 @@ class VBLoRALayer(BaseTunerLayer):
         GATE,
     )
     value_names: ClassVar[tuple[str, ...]] = (
-        *other_param_names,
-        "num_vectors",
-        "topk_only",
-        "storage_format",
-        "bank_key",
-    )
+        *other_param_names, "num_vectors", "topk_only", "storage_format", "bank_key",
+    )  # fmt: skip
 
     def __init__(
         self,
