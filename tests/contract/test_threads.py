@@ -15,11 +15,13 @@ import pytest
 import torch
 from helpers.methods import METHODS
 from helpers.models import mlp
+from safetensors.torch import load_file
 
 import peft
 from peft.base.errors import PeftRuntimeError, PeftValueError
 from peft.checkpoint import hotswap
 from peft.core import loading
+from peft.core.low_rank_deltas import loaded_deltas
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
@@ -100,16 +102,19 @@ class Halted:
 
 
 class Waits:
-    """A part of `RunningCalls`, its condition or lock, that tells when a thread comes to it."""
+    """A part of `RunningCalls`, its condition or lock, that tells when a thread waits for it."""
 
     def __init__(self, running, part):
         self.part, self.came = getattr(running, part), threading.Event()
         setattr(running, part, self)
 
     def __enter__(self):
-        if not hasattr(self.part, "wait"):
+        if hasattr(self.part, "wait"):
+            return self.part.__enter__()
+        if not self.part.acquire(blocking=False):
             self.came.set()
-        return self.part.__enter__()
+            self.part.acquire()
+        return self.part
 
     def __exit__(self, *error):
         self.part.__exit__(*error)
@@ -298,6 +303,113 @@ def test_a_call_inside_another_one_waits_for_a_change_of_its_own_adapter(model, 
             assert waits.came.wait(60)
             order.append("changed")
     assert order == ["a", "changed", "b"]
+
+
+@contextmanager
+def changed_half_way(model, member, change):
+    """Context in which a reader calls a member of the second layer, and another thread then changes
+    the model, or waits for that.
+    """
+    layer, lock = model.get_base_model()[2], Waits(model.base_model.running_calls, "_one_change")
+    real, starts = getattr(layer, member), [thread(lambda: (change(), lock.came.set()))]
+
+    with ExitStack() as changing:
+
+        def read(*args, **kwargs):
+            if starts:
+                changing.enter_context(starts.pop())
+                assert lock.came.wait(60)
+            return real(*args, **kwargs)
+
+        setattr(layer, member, read)
+        yield
+        assert not starts
+    delattr(layer, member)
+
+
+def lokr_file(model, folder):
+    peft.save_lokr_file(model, folder / "lokr.safetensors", adapter_name="a")
+    return load_file(folder / "lokr.safetensors")
+
+
+def of_tasks(model, folder):
+    peft.save_tasks_as_lora(model, folder, adapter_name="a")
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f"{f.parent.name} {key}": t for f in files for key, t in load_file(f).items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "member", "read"),
+    [
+        ("LORA", "low_rank_factors", lambda m, _: peft.convert_to_poly(m, ["a"]).state_dict),
+        ("LOHA", "low_rank_factors", lambda m, _: peft.convert_to_lora(m, None, "a").state_dict),
+        ("LOKR", "low_rank_factors", lambda m, _: loaded_deltas(m, "a")[""]["2"]._asdict()),
+        ("LOKR", "factors", lokr_file),
+        ("POLY", "low_rank_factors", of_tasks),
+        ("VBLORA", "selections", lambda m, _: peft.bank_usage(m, "a").uses[-1].weights),
+    ],
+    indirect=["saved"],
+)
+def test_a_reader_of_several_layers_sees_one_state(model, saved, tmp_path, member, read):
+    alone = peft.PeftModel.from_pretrained(base(), saved.folder / "a", "a")
+    expected = read(alone, tmp_path / "alone")
+    with changed_half_way(model, member, lambda: model.load_adapter(saved.folder / "c", "a")):
+        found = read(model, tmp_path / "found")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(call(model, "a", saved), saved.alone["c"])
+
+
+@one_method
+def test_what_takes_merges_off_for_a_moment_waits_for_calls(saved, tmp_path):
+    """Reading biases that an adapter trains, or the base model."""
+    model = peft.get_peft_model(base(), saved.method.config(target_modules=["0", "2"], bias="all"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        plain, expected = peft.get_base_model_state_dict(model), model.eval()(X)
+    plain = {name: value.clone() for name, value in plain.items()}
+    readers = (
+        peft.get_base_model_state_dict,
+        peft.get_peft_model_state_dict,
+        lambda model: model.save_pretrained(tmp_path),
+    )
+    with Halted(model):  # nothing is merged
+        for read in readers:
+            read(model)
+    model.merge_adapter()
+    model.base_model.running_calls.patience = 0.0
+    with Halted(model) as halted:
+        for read in readers:
+            with pytest.raises(PeftRuntimeError, match="the active adapters"):
+                read(model)
+    torch.testing.assert_close(halted.result, expected)
+    torch.testing.assert_close(readers[0](model), plain)
+
+
+@one_method
+def test_a_state_is_not_written_in_the_middle_of_a_call(model, saved):
+    state = load_file(saved.folder / "c" / "adapter_model.safetensors")
+    with Halted(model, adapter_names=["a", "a"]) as halted:
+        with pytest.raises(PeftRuntimeError, match="use a, and did"):
+            peft.set_peft_model_state_dict(model, state, "a")
+        with pytest.raises(PeftRuntimeError, match="use a, and did"):
+            peft.set_base_model_state_dict(model, base().state_dict())
+    torch.testing.assert_close(halted.result, saved.alone["a"])
+    peft.set_peft_model_state_dict(model, state, "a")
+    torch.testing.assert_close(call(model, "a", saved), saved.alone["c"])
+
+
+@one_method
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model")
+def test_models_around_one_base_see_the_calls_of_each_other(saved):
+    one = peft.PeftModel.from_pretrained(base(), saved.folder / "a", "a").eval()
+    two = peft.PeftModel.from_pretrained(one.get_base_model(), saved.folder / "b", "b")
+    two.base_model.running_calls.patience = 0.0
+    refused = pytest.raises(PeftRuntimeError, match="use a, and did")
+    with Halted(one, adapter_names=["a", "a"]) as halted, refused:
+        two.merge_adapter()
+    torch.testing.assert_close(halted.result, saved.alone["a"])
 
 
 @one_method

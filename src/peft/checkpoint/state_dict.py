@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.calls.running import changing, holds
 from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftTypeError, warn
@@ -62,6 +63,7 @@ _COPIES = frozenset([WHOLE_MODULES, "original_module"])
 _INSERTED = ("base_layer", "original_module", "token_adapter")
 
 
+@holds
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -164,24 +166,28 @@ def _embeddings_to_save(
 
 @contextmanager
 def unmerged(model: nn.Module | None) -> Iterator[None]:
-    """Context in which no adapter is merged; afterwards all are merged as before."""
+    """Context in which no adapter is merged; afterwards all are merged as before. No call runs
+    meanwhile, unless there is nothing to do.
+    """
     layers: list[Any] = (
         []
         if model is None
         else [module for _, module in walk(model) if vars(module).get("merged_adapters")]
     )
     taken = []
-    try:
-        for layer in layers:
-            with loaded_weights(layer, layer.merged_adapters):
-                taken.append((layer, layer.take_off()))
-        yield
-    finally:
-        for layer, merges in reversed(taken):
-            with loaded_weights(layer, [merge.name for merge in merges]):
-                layer.put_on(merges)
+    with changing(model, None if layers else ()):
+        try:
+            for layer in layers:
+                with loaded_weights(layer, layer.merged_adapters):
+                    taken.append((layer, layer.take_off()))
+            yield
+        finally:
+            for layer, merges in reversed(taken):
+                with loaded_weights(layer, [merge.name for merge in merges]):
+                    layer.put_on(merges)
 
 
+@holds
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """Return the state dict that the base model of a `PeftModel` would have without adapters.
 
@@ -199,6 +205,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     return result
 
 
+@holds
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -262,12 +269,14 @@ def set_peft_model_state_dict(
     check_unmerged(model, [expected[key] for key in values])
     source = f"The checkpoint for adapter {adapter_name}"
     warn_of_values(source, values, expected, tuner.checkpoint_format.masked)
-    write_state(model, expected, values, view)
-    tuner.note_loaded(model, adapter_name)
+    with changing(model, [adapter_name]):
+        write_state(model, expected, values, view)
+        tuner.note_loaded(model, adapter_name)
     names = adapter_tensors(((name, name) for name, _ in named), config, adapter_name, state)
     return LoadResult([names.get(key, key) for key in result.missing_keys], result.unexpected_keys)
 
 
+@holds
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> LoadResult:
@@ -294,7 +303,8 @@ def set_base_model_state_dict(
     if strict:
         check_complete(result, "state_dict")
     values = {key: tensor for key, tensor in state_dict.items() if key in expected}
-    write_state(None, expected, values)
+    with changing(model, None):
+        write_state(None, expected, values)
     return result
 
 

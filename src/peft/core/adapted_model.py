@@ -64,7 +64,8 @@ class AdaptedModel(nn.Module, Generic[C]):
         peft_config: Each adapter's config, by name.
         targeted_module_names: Paths of the modules that adapters were put into, each once.
         inference_cache: Tensors that evaluation computed from the adapters' parameters alone.
-        running_calls: The calls in all threads, for which changes wait that touch them.
+        running_calls: The calls of the base model in all threads, for which changes wait that touch
+            them.
     """
 
     # Class of the layers that carry adapters.
@@ -101,7 +102,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.peft_config: dict[str, C] = {}
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
-        self.inference_cache, self.running_calls = InferenceCache(), RunningCalls()
+        self.inference_cache, self.running_calls = InferenceCache(), RunningCalls.of(model)
         self.training = model.training
         self._active: str | list[str] = []
         self._call_arguments = CallArguments(model)

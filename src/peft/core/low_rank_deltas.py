@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..base.calls.running import holds
 from ..base.constants import MODEL_ROOT, ROOT
 from ..base.errors import (
     CheckpointError,
@@ -146,6 +147,7 @@ class DeltaReader:
             }
 
 
+@holds
 def loaded_deltas(
     model: nn.Module,
     adapter_name: str,

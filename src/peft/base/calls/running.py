@@ -15,15 +15,17 @@ unless its caller notes it by `RunningCalls.during`.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import TIMEOUT_MAX, Condition, RLock, get_ident
 from time import monotonic
 from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import nn
 
 from ..errors import PeftRuntimeError
 
@@ -66,6 +68,11 @@ class RunningCalls:
         self._one_change = RLock()
         self._ended = Condition()  # notified when calls or the change have ended
         _all.add(self)
+
+    @classmethod
+    def of(cls, base: nn.Module) -> RunningCalls:
+        """Return those of a base model, which all models with adapters around it share."""
+        return _of.setdefault(base, cls())
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy starts with no call in progress."""
@@ -157,6 +164,7 @@ class RunningCalls:
 
 
 _all: WeakSet[RunningCalls] = WeakSet()
+_of: WeakKeyDictionary[nn.Module, RunningCalls] = WeakKeyDictionary()
 
 
 def _keep_own_threads() -> None:
@@ -211,7 +219,7 @@ def changing(
     In a model without a tuner, which adapters were injected into, no calls are noted.
     """
     tuner = getattr(model, "_modules", {}).get("base_model", model)
-    running = vars(tuner).get("running_calls")
+    running = getattr(tuner, "__dict__", {}).get("running_calls")
     if not isinstance(running, RunningCalls):
         yield
         return
@@ -255,3 +263,15 @@ def changes_all(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[
             return method(self, *args, **kwargs)
 
     return change
+
+
+def holds(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function one whose argument `model` no other thread changes meanwhile."""
+    place = list(inspect.signature(function).parameters).index("model")
+
+    @functools.wraps(function)
+    def hold(*args: P.args, **kwargs: P.kwargs) -> R:
+        with changing(kwargs.get("model", args[place] if place < len(args) else None)):
+            return function(*args, **kwargs)
+
+    return hold

@@ -419,7 +419,7 @@ class LoraLayer(BaseTunerLayer):
         A, B = self.factors(adapter_name)
         scale = float(self.scaling[adapter_name])
         if adapter_name not in self.lora_magnitude_vector:
-            return approximate(B.detach() * scale, A.detach(), rank)
+            return approximate(B.detach() * scale, A.detach().clone(), rank)
         factor = self.merge_factor(adapter_name, scale)
         assert factor is not None
         change = dora.change(base_weight(self), factor, self.get_delta_weight(adapter_name))

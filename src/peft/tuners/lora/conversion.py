@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.calls.running import holds
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftError, PeftNotSupportedError, PeftValueError, warn
 from ...base.progress import track
@@ -75,6 +76,7 @@ class LoraConversion(Conversion[LoraConfig]):
         return result
 
 
+@holds
 def convert_to_lora(
     model: nn.Module,
     rank: int | float | None = None,
@@ -170,6 +172,7 @@ def save_as_lora(
     return converted
 
 
+@holds
 def save_tasks_as_lora(
     model: nn.Module,
     folder: str | os.PathLike,

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ...base.calls.running import changing
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.validation import check_adapter
@@ -233,7 +234,8 @@ def initialize_lora_eva_weights(
     tuner = model.base_model
     if not isinstance(tuner, LoraModel):
         raise PeftNotSupportedError("EVA is not supported for a model that mixes methods.")
-    put_directions(tuner, adapter_name, found)
+    with changing(model, [adapter_name]):
+        put_directions(tuner, adapter_name, found)
 
 
 def _adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.calls.running import holds
 from ...base.constants import MODEL_ROOT
 from ...base.errors import (
     PeftError,
@@ -48,6 +49,7 @@ class PolyConversion(Conversion[PolyConfig]):
     labels: TaskLabels | None = None
 
 
+@holds
 def convert_to_poly(
     model: nn.Module,
     adapters: Sequence[str] | Mapping[str, str],

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...base.calls.running import changing
 from ...base.containers import walk
 from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 from ...base.tensors import ordinary_tensors
@@ -153,7 +154,7 @@ class VectorBank:
                 f"adapter {name}, can't hold; keep the adapter in float32 "
                 "(`autocast_adapter_dtype=True`)."
             )
-        with torch.no_grad():
+        with changing(model, [name]), torch.no_grad():
             own.copy_(self.vectors)
 
     def grow(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ...base.calls.running import holds
 from ...base.containers import walk
 from ...checkpoint.files import write_report
 from ...checkpoint.paths import as_folder
@@ -166,6 +167,7 @@ class BankUsage:
         )
 
 
+@holds
 def bank_usage(model: nn.Module, adapter_name: str | None = None) -> BankUsage:
     """Return the usage of its vector bank by an adapter of a model.
 

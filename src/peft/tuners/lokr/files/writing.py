@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ....base.calls.running import holds
 from ....base.errors import PeftNotSupportedError, PeftValueError
 from ....base.validation import check_flags
 from ....checkpoint.files import write_tensors
@@ -50,6 +51,7 @@ LAYOUTS = {
 }
 
 
+@holds
 def save_lokr_file(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
+from ....base.calls.running import holds
 from ....base.containers import walk
 from ....base.errors import PeftValueError
 from ....checkpoint.files import write_report
@@ -170,6 +171,7 @@ class RoutingReport:
         return figure
 
 
+@holds
 def routing_report(model: nn.Module, adapter_name: str | None = None) -> RoutingReport:
     """Return tables of the weights with which an adapter mixes its skills for each task in
     evaluation.
