@@ -25,7 +25,7 @@ from .auto import (
 )
 from .base.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from .base.placeholders import install as _install
-from .base.placeholders import placeholder as _placeholder
+from .base.placeholders import placeholders as _placeholders
 from .base.progress import show_progress
 from .base_models import meta_model, save_merged
 from .clustering import adapter_similarity, cluster_adapters
@@ -110,10 +110,7 @@ _install()
 if _typing.TYPE_CHECKING:
     from .base.placeholder_names import *  # noqa: F403
 else:
-
-    def __getattr__(name: str) -> type:
-        """Return the placeholder for a name that this package does not implement."""
-        return _placeholder(name, __name__)
+    __getattr__ = _placeholders(__name__)
 
 
 __all__ = [

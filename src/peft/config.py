@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ._version import __version__
 from .base.errors import PeftTypeError, PeftValueError, warn
 from .base.patterns import format_patterns, parse_patterns
-from .base.placeholders import placeholder
+from .base.placeholders import placeholders
 from .base.plain_values import JsonObject, as_list, plain, unwritable
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, lookup
 from .base.suggestions import did_you_mean
@@ -47,9 +47,7 @@ __all__ = [
 PromptLearningConfig: type  # a placeholder
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 C = TypeVar("C", bound="PeftConfig")

@@ -16,7 +16,7 @@ from torch import nn
 from .base.calls.running import changing
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError
-from .base.placeholders import placeholder
+from .base.placeholders import placeholders
 from .config import PeftConfig
 from .core.layer import BaseTunerLayer
 from .peft_model import PeftModel
@@ -33,9 +33,7 @@ MontecloraTrainerMixin: type
 find_kappa_target_modules: type
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class DoraCaching:
@@ -184,11 +182,8 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: A `PeftModel`, or a model that adapters were injected into.
         active: False changes nothing.
     """
-    layers = (
-        [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
-        if active
-        else []
-    )
+    every = walk(model) if active else ()
+    layers = [module for _, module in every if isinstance(module, BaseTunerLayer)]
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:

@@ -322,11 +322,9 @@ def _defaults(peft_type: object) -> dict[str, object]:
 def _short(value: object) -> str:
     """Return a value of a config, in words if it is long."""
     text = repr(value)
-    return (
-        text
-        if len(text) <= 160 or not isinstance(value, (dict, list))
-        else f"({len(value)} entries)"
-    )
+    if len(text) <= 160 or not isinstance(value, (dict, list)):
+        return text
+    return f"({len(value)} entries)"
 
 
 def _listed(tensors: Mapping[str, TensorInfo], most: int = 4) -> str:

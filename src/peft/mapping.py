@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .base.errors import PeftValueError
-from .base.placeholders import placeholder
+from .base.placeholders import placeholders
 from .base.registry import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -32,9 +32,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 def get_peft_config(config_dict: dict[str, object]) -> PeftConfig:

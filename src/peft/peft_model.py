@@ -21,7 +21,7 @@ from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from .base.missing_attribute import PeftAttributeError
 from .base.modules import check_model
-from .base.placeholders import placeholder
+from .base.placeholders import placeholders
 from .base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
 from .config import PeftConfig, check_config
@@ -40,9 +40,7 @@ from .status import (
 )
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class PeftModel(nn.Module):
@@ -166,18 +164,14 @@ class PeftModel(nn.Module):
     def generate(self, *args: object, **kwargs: object) -> Any:
         """Call the base model's `generate`; it takes the keyword arguments of `forward` too."""
         self.base_model.refuse_foreign_arguments(kwargs)
-        if not hasattr(self.get_base_model(), "generate"):
-            raise PeftAttributeError((self.get_base_model(),), "generate")
+        base = self.get_base_model()
+        if not hasattr(base, "generate"):
+            raise PeftAttributeError((base,), "generate")
         generate = self.base_model.generate
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with self.base_model.running_calls.during(kwargs.get("adapter_names")), cached:
             batch = self.base_model.chosen_adapters(args, kwargs, generate)
-            chosen = (
-                ADAPTER_BATCHES.during(None)
-                if batch is None
-                else batch.generating(self.get_base_model())
-            )
-            with chosen:
+            with ADAPTER_BATCHES.during(None) if batch is None else batch.generating(base):
                 return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:

@@ -13,8 +13,9 @@ Options of LoRA can be made; `LoraConfig` refuses them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -78,6 +79,11 @@ def placeholder(name: str, module: str = "peft") -> Any:
     return _Absent(name, (), members)
 
 
+def placeholders(module: str) -> Callable[[str], object]:
+    """Return the `__getattr__` of a module, which gives `placeholder` for names that it lacks."""
+    return lambda name: placeholder(name, module)
+
+
 class NotProvidedError(PeftNotSupportedError, AttributeError):
     """An attribute of a class that this package does not provide."""
 
@@ -132,7 +138,7 @@ class _AbsentModules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__doc__ = "Not provided by this package."
-        vars(module)["__getattr__"] = partial(placeholder, module=module.__name__)
+        vars(module)["__getattr__"] = placeholders(module.__name__)
 
 
 def _is_listed(module: str) -> bool:

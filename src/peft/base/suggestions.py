@@ -64,11 +64,8 @@ def adapters_there(name: object, known: Iterable[str]) -> str:
 
 def _similarity(a: str, b: str, cutoff: float) -> float:
     matcher = difflib.SequenceMatcher(None, a, b)
-    return (
-        matcher.ratio()
-        if matcher.real_quick_ratio() >= cutoff and matcher.quick_ratio() >= cutoff
-        else 0.0
-    )
+    is_near = matcher.real_quick_ratio() >= cutoff and matcher.quick_ratio() >= cutoff
+    return matcher.ratio() if is_near else 0.0
 
 
 def _letters(name: str) -> str:

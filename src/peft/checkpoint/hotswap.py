@@ -92,11 +92,8 @@ def hotswap_adapter(
 
     def read() -> tuple[AdapterConfig, dict[str, Tensor]]:
         peft_type = read_json(find_file(model_name_or_path, (CONFIG_NAME,), hub)).get("peft_type")
-        config = (
-            lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
-            .from_pretrained(model_name_or_path, **hub)
-            .as_loaded()
-        )
+        config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
+        config = config_cls.from_pretrained(model_name_or_path, **hub).as_loaded()
         check_hotswap_configs_compatible(adapter_config(inner, adapter_name), config)
         return config, load_peft_weights(model_name_or_path, device=torch_device, **hub)
 

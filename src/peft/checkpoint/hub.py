@@ -273,8 +273,6 @@ def _hint(folder: Path, names: tuple[str, ...]) -> str:
     if not folder.is_dir():
         return f", which does not exist{_near(folder)}"
     within = sorted({path.parent.name for name in names for path in folder.glob(f"*/{name}")})
-    return (
-        f"; its sub-folders {', '.join(map(repr, within[:4]))} have one (`subfolder=…`)"
-        if within
-        else ""
-    )
+    if not within:
+        return ""
+    return f"; its sub-folders {', '.join(map(repr, within[:4]))} have one (`subfolder=…`)"

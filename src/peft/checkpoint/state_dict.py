@@ -100,11 +100,9 @@ def get_peft_model_state_dict(
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
     named = state_values(model, view) if state_dict is None else state_dict
-    embeddings = (
-        _embeddings_to_save(model, config, named)
-        if save_embedding_layers == "auto"
-        else bool(save_embedding_layers)
-    )
+    embeddings: bool | set[str] = bool(save_embedding_layers)
+    if save_embedding_layers == "auto":
+        embeddings = _embeddings_to_save(model, config, named)
     found = adapter_tensors(named.items(), config, adapter_name, embeddings)
     if named and not found:
         listed = ", ".join(f"`{name}`" for name in list(named)[:3])
@@ -169,11 +167,8 @@ def unmerged(model: nn.Module | None) -> Iterator[None]:
     """Context in which no adapter is merged; afterwards all are merged as before. No call runs
     meanwhile, unless there is nothing to do.
     """
-    layers: list[Any] = (
-        []
-        if model is None
-        else [module for _, module in walk(model) if vars(module).get("merged_adapters")]
-    )
+    every = () if model is None else walk(model)
+    layers: list[Any] = [module for _, module in every if vars(module).get("merged_adapters")]
     taken = []
     with changing(model, None if layers else ()):
         try:

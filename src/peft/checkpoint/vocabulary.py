@@ -70,12 +70,8 @@ def fit_vocabulary(
         plain = key.removeprefix(MODEL_ROOT)
         for end, dim in ends.items():
             path = plain.removesuffix(f".{end}")
-            place = (
-                places.get(names.now(path, is_adapted=False) or path)
-                if path != plain and len(shape) == 2
-                else None
-            )
-            if place is not None:
+            is_table = path != plain and len(shape) == 2
+            if is_table and (names.now(path, is_adapted=False) or path) in places:
                 rows.add(shape[dim])
     if len(rows) == 1 and rows != {table.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)

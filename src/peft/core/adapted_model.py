@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .method import Method
 
 C = TypeVar("C", bound=TargetedConfig)
+L = TypeVar("L", bound=BaseTunerLayer)
 
 
 class AdaptedModel(nn.Module, Generic[C]):
@@ -128,13 +129,17 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     def named_tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """Yield the layers with adapters and their module paths."""
-        for path, module in walk(self.model):
-            if isinstance(module, self.tuner_layer_cls):
-                yield path, module
+        kind = self.tuner_layer_cls
+        return ((path, layer) for path, layer in walk(self.model) if isinstance(layer, kind))
 
     def tuner_layers(self) -> Iterator[BaseTunerLayer]:
         """Yield the layers with adapters."""
         return (layer for _, layer in self.named_tuner_layers())
+
+    def adapter_layers(self, adapter_name: str, kind: type[L]) -> dict[str, L]:
+        """Return the layers of a class that have an adapter, by module path."""
+        named = self.named_tuner_layers()
+        return {p: m for p, m in named if isinstance(m, kind) and adapter_name in m.scaling}
 
     def auxiliary_wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
         """Yield the wrappers of modules that are trained beside the adapters."""
@@ -152,9 +157,8 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     def shared_containers(self) -> dict[str, AdapterParameterDict]:
         """Return the registered containers of shared parameters, by attribute name."""
-        present = {
-            name: self.shared_owner(name)._modules.get(name) for name in self.shared_parameter_names
-        }
+        names = self.shared_parameter_names
+        present = {name: self.shared_owner(name)._modules.get(name) for name in names}
         return {k: v for k, v in present.items() if isinstance(v, AdapterParameterDict)}
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -193,10 +197,8 @@ class AdaptedModel(nn.Module, Generic[C]):
         generate: Callable[..., object] | None = None,
     ) -> AdapterBatch | None:
         """Pop and check the choice of an adapter for each sample from a call's arguments."""
-        own = self.adapter_call_arguments
-        batch = self._call_arguments.take_adapters(
-            self.model, self.peft_config, own, args, arguments, generate
-        )
+        own, take = self.adapter_call_arguments, self._call_arguments.take_adapters
+        batch = take(self.model, self.peft_config, own, args, arguments, generate)
         if batch is not None and self.merged_adapters:
             raise PeftValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
@@ -206,9 +208,8 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     def refuse_foreign_arguments(self, arguments: Mapping[str, object]) -> None:
         """Raise `PeftTypeError` if a call has an argument of another method (`task_ids`)."""
-        self._call_arguments.refuse_foreign(
-            arguments, self.adapter_call_arguments, type(self).__name__
-        )
+        own, name = self.adapter_call_arguments, type(self).__name__
+        self._call_arguments.refuse_foreign(arguments, own, name)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the base model that this class lacks."""
@@ -229,7 +230,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         if adapter_name is None:
             adapter_name = adapter_meant(None, self.peft_config, self.active_adapters)
         check_adapter(adapter_name)
-        own = [layer for layer in self.tuner_layers() if adapter_name in layer.scaling]
+        own = self.adapter_layers(adapter_name, BaseTunerLayer).values()
         return bool(own) and all(layer.supports_lora_conversion(adapter_name) for layer in own)
 
     @property
@@ -250,9 +251,8 @@ class AdaptedModel(nn.Module, Generic[C]):
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into the base weights."""
-        return list(
-            dict.fromkeys(name for layer in self.tuner_layers() for name in layer.merged_adapters)
-        )
+        layers = self.tuner_layers()
+        return list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
 
     def check_names(self, adapter_names: str | Iterable[str]) -> list[str]:
         """Return adapter names as a list; raise for a wrong type or an unknown name."""

@@ -39,12 +39,8 @@ def adapter_of(
             f"{type(model).__name__}."
         )
     layers = [layer for _, layer in walk(model) if isinstance(layer, layer_class)]
-    return adapter_meant(
-        name,
-        dict.fromkeys(own for layer in layers for own in layer.scaling),
-        active_in(layers),
-        kind,
-    )
+    known = dict.fromkeys(own for layer in layers for own in layer.scaling)
+    return adapter_meant(name, known, active_in(layers), kind)
 
 
 def adapter_meant(
@@ -53,9 +49,9 @@ def adapter_meant(
     """Return an adapter's name from the `known` and the `active` ones, as `adapter_of` does."""
     if name is not None:
         check_adapter(name)
-    if name is not None or not known:
         if name in known:
-            return name  # type: ignore[return-value]
+            return name
+    if name is not None or not known:
         named = "" if name is None else f" {name!r}"
         raise PeftValueError(
             f"The model has no adapter{named}{kind}; there are {adapters_there(name, known)}"
@@ -66,8 +62,7 @@ def adapter_meant(
     if len(meant) > 1:
         raise PeftValueError(
             f"The model has no adapter 'default'{kind}, and several could be meant; pass "
-            "`adapter_name`, one of "
-            f"{adapters_there('', meant)}"
+            f"`adapter_name`, one of {adapters_there('', meant)}"
         )
     return meant[0]
 

@@ -146,11 +146,9 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
     if request.kind not in method.combination_types:
         offers = ", ".join(map(repr, method.combination_types)) or "no combinations"
         hint = did_you_mean(str(request.kind), method.combination_types)
-        remedy = (
-            ""
-            if method.combination_types
-            else " Combine them as LoRA, which `convert_to_lora` makes of them."
-        )
+        remedy = ""
+        if not method.combination_types:
+            remedy = " Combine them as LoRA, which `convert_to_lora` makes of them."
         raise PeftValueError(
             f"Invalid combination_type: {request.kind!r}; {type(method).__name__} has "
             f"{offers}.{hint}{remedy}"
@@ -165,8 +163,7 @@ def check(model: Combinable, request: Combination) -> CombiningMethod:
         if model.peft_config[name].trained_biases != "none":
             raise PeftValueError(
                 f"Adapter {name} trains biases of the base model, of which there is one copy only; "
-                "adapters with `bias` other than "
-                "'none' can't be combined."
+                "adapters with `bias` other than 'none' can't be combined."
             )
     return method
 

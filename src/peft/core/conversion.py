@@ -107,16 +107,11 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
 
 def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
     """Raise `UnsupportedModuleError` if a layer has no delta, or there are no layers."""
-    unfit = sorted(
-        {
-            type(layer).__name__
-            for layer in layers.values()
-            if not layer.supports_lora_conversion(adapter_name)
-        }
-    )
+    unfit = [own for own in layers.values() if not own.supports_lora_conversion(adapter_name)]
     if unfit or not layers:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in unfit}))
         raise UnsupportedModuleError(
-            f"Some module types on this model do not support LoRA conversion: {', '.join(unfit)}."
+            f"Some module types on this model do not support LoRA conversion: {kinds}."
             if unfit
             else "Could not detect any layer that supports LoRA conversion and has adapter "
             f"{adapter_name}."

@@ -58,18 +58,19 @@ def copy_fill(model: nn.Module, config: PeftConfig, source: str) -> Fill:
         fill_with(build, {key: tensor for key, tensor in values.items() if key in own})
         for path, layer in build.layers.items():
             known = layer_of(model.get_submodule(MODEL_ROOT + path), type(layer))
-            assert known is not None
             _copy_state(layer, known, build.adapter_name, source)
         for target, layer in build.parameters.values():
             known = layer_for(model, MODEL_ROOT + target.path, target.name, type(layer))
-            assert known is not None
             _copy_state(layer, known, build.adapter_name, source)
 
     return fill
 
 
-def _copy_state(layer: BaseTunerLayer, known: BaseTunerLayer, name: str, source: str) -> None:
+def _copy_state(
+    layer: BaseTunerLayer, known: BaseTunerLayer | None, name: str, source: str
+) -> None:
     """Copy a layer's state of an adapter that is in no checkpoint: its scale, its start."""
+    assert known is not None  # the model has the source
     layer.scaling[name] = known.scaling[source]
     for attribute in layer.value_names:
         entries, values = getattr(layer, attribute), getattr(known, attribute)
@@ -134,12 +135,9 @@ class CheckpointFill:
         )
         fits = expected.keys() & incoming.keys() - set(found.missing_keys)
         values = {key: tensor for key, tensor in incoming.items() if key in fits}
-        warn_of_values(
-            f"'{self.source}'",
-            values,
-            expected,
-            lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).checkpoint_format.masked,
-        )
+        tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+        masked = tuner_cls.checkpoint_format.masked
+        warn_of_values(f"'{self.source}'", values, expected, masked)
         write_state(None, expected, values)
 
 

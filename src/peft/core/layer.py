@@ -478,7 +478,7 @@ class BaseTunerLayer(nn.Module):
         self, destination: dict[str, object], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._merges.note_in(self, destination, prefix)
+        self._merges.save_metadata(self, destination, prefix)
 
     def _load_from_state_dict(
         self,
@@ -488,7 +488,7 @@ class BaseTunerLayer(nn.Module):
         *args: object,
     ) -> None:
         """Record the merges that a loaded weight was saved with."""
-        self._merges.see_loaded(self, state_dict, prefix, local_metadata)
+        self._merges.load_metadata(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:

@@ -263,11 +263,9 @@ def check_sizes(config: PeftConfig, nbytes: int, source: object) -> None:
     most = 8 * nbytes  # a value has a bit at least
     for name in config.sizes:
         value = getattr(config, name)
-        entries = (
-            {f"{name}[{key!r}]": size for key, size in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        entries = {name: value}
+        if isinstance(value, dict):
+            entries = {f"{name}[{key!r}]": size for key, size in value.items()}
         for field_name, size in entries.items():
             if isinstance(size, int) and size > most:
                 raise CheckpointError(

@@ -175,7 +175,7 @@ class Merges:
         kept = [m for m in self._suspended if m.layer is not layer or m.name not in names]
         self._suspended = kept
 
-    def note_in(
+    def save_metadata(
         self, layer: MergeableLayer, destination: MutableMapping[str, object], prefix: str
     ) -> None:
         """Record the merges of a layer in the metadata of a state dict with its weight."""
@@ -184,7 +184,7 @@ class Merges:
             metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
             metadata["untied"] = self.shared is not None
 
-    def see_loaded(
+    def load_metadata(
         self,
         layer: MergeableLayer,
         state: Mapping[str, object],
@@ -314,7 +314,7 @@ class Merges:
             for merge in new:
                 delta = merge.dense(weight.device)
                 weight, correction = exact_merge.add(weight, delta, merge.factor)
-                _insist_on_finite(merge, weight, check)
+                _check_finite(merge, weight, check)
                 kept = correction if self.shared is None else None
                 entries.append(merge._replace(correction=kept))
             entries = self.entries[:first] + entries
@@ -335,7 +335,7 @@ class Merges:
         """Merge into a quantized weight, from the original, so that it is rounded once."""
         present = storage.get(base)
         original = self._original if self.entries else present
-        self.insist_on_known(0)
+        self.check_known(0)
         storage.put(base, original)
         try:
             bias, written = self._summed_bias(base, entries), None
@@ -344,7 +344,7 @@ class Merges:
                 for merge in entries:
                     weight += merge.dense(weight.device)
                     weight *= 1 if merge.factor is None else merge.factor.to(weight.device)
-                    _insist_on_finite(merge, weight, check)
+                    _check_finite(merge, weight, check)
                 storage.put(base, storage.pack(base, weight))
                 written = Written(_weight(base), self._written)
         except BaseException:
@@ -361,7 +361,7 @@ class Merges:
             self._written.look(weight, [merge.name for merge in self.entries])
         if first == len(self.entries):
             return weight
-        self.insist_on_known(first)
+        self.check_known(first)
         if self.shared is not None and first == 0:
             return gathered_tensor(self.shared.detach())
         if self.shared is not None:
@@ -440,7 +440,7 @@ class Merges:
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 
-    def insist_on_known(self, first: int = 0) -> None:
+    def check_known(self, first: int = 0) -> None:
         """Raise if the merges from number `first` on can't be undone."""
         if self.shared is not None and first == 0:
             return  # another module still holds the original weight
@@ -469,7 +469,7 @@ def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_fir
     return Merge(layer, adapter_name, options, delta, factor, bias)
 
 
-def _insist_on_finite(merge: Merge, weight: Tensor, check: bool) -> None:
+def _check_finite(merge: Merge, weight: Tensor, check: bool) -> None:
     parts = {"weights": weight, "bias": merge.bias} if check else {}
     kinds = [
         k for k, part in parts.items() if part is not None and not part.float().isfinite().all()

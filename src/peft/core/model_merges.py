@@ -13,6 +13,7 @@ from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
 from ..base.progress import track
+from ..checkpoint.checks import some
 from ..integrations.accelerate import loaded_weights
 from . import moe_tokens, replication, tied_weights
 from .adapted_parameters import detach
@@ -40,14 +41,8 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     layers = list(named.values())[::-1]  # of layers around one base layer, the inner ones first
     todo = [(layer, own) for layer in layers if (own := layer._merges.missing(layer, options))]
     left = [name for name in options if any(name in own for _, own in todo)]
-    warn_of_merged(
-        [
-            name
-            for name in options
-            if name not in left and any(name in layer.scaling for layer in layers)
-        ],
-        left,
-    )
+    present = [name for name in options if any(name in layer.scaling for layer in layers)]
+    warn_of_merged([name for name in present if name not in left], left)
     _check(named, {id(layer): own for layer, own in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
@@ -78,11 +73,8 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
             except PeftNotSupportedError as error:
                 problems.setdefault(str(error), []).append(f"`{path}`")
     if problems:
-        some = {
-            text: ", ".join(found[:8]) + (f" and {len(found) - 8} more" * (len(found) > 8))
-            for text, found in problems.items()
-        }
-        raise PeftNotSupportedError(" ".join(f"{found}: {text}" for text, found in some.items()))
+        listed = [f"{some(paths)}: {text}" for text, paths in problems.items()]
+        raise PeftNotSupportedError(" ".join(listed))
 
 
 def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
@@ -132,15 +124,12 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
     too get a copy of it. An error undoes this.
     """
     owners = tied_weights.owners(model)
-    merged = [
-        layer
-        for layer in layers
-        if layer.merged and all(merge.is_known for merge in layer._merges.entries)
-    ]
     shared = [
         layer
-        for layer in merged
-        if len(owners.get(id(layer.holder._parameters.get("weight")), ())) > 1
+        for layer in layers
+        if layer.merged
+        and all(merge.is_known for merge in layer._merges.entries)
+        and len(owners.get(id(layer.holder._parameters.get("weight")), ())) > 1
     ]
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
 
@@ -178,9 +167,8 @@ def warn_of_training(layers: Iterable[BaseTunerLayer]) -> None:
     if names:
         warn(
             f"The model is in training mode while adapters are merged: {', '.join(names)}. No "
-            "gradient reaches them in the "
-            "weights. Call `unmerge_adapter` before training; `set_requires_grad(names, False)` "
-            "freezes them."
+            "gradient reaches them in the weights. Call `unmerge_adapter` before training; "
+            "`set_requires_grad(names, False)` freezes them."
         )
 
 
@@ -190,7 +178,7 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     if not merged:
         warn("Already unmerged. Nothing to do.")
     for layer in merged:
-        layer._merges.insist_on_known()
+        layer._merges.check_known()
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     try:
         for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`
@@ -214,7 +202,7 @@ def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
     """
     layers = list(layers)
     for layer in () if enabled else layers:
-        layer._merges.insist_on_known()
+        layer._merges.check_known()
     if enabled and any(layer._merges.lacks_suspended(layer) for layer in layers):
         for layer in layers:
             if names := layer._merges.suspended(layer):

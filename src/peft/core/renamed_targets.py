@@ -50,15 +50,8 @@ def renamed_config(
         patterns = getattr(config, field)
         values = {new: pattern_value(patterns, old, None) for old, new in own.items()}
         if any(pattern_value(patterns, new, None) != value for new, value in values.items()):
-            setattr(
-                result,
-                field,
-                {
-                    f"^{re.escape(new)}$": value
-                    for new, value in values.items()
-                    if value is not None
-                },
-            )
+            kept = {f"^{re.escape(new)}$": v for new, v in values.items() if v is not None}
+            setattr(result, field, kept)
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
         result.trainable_token_indices = {
@@ -149,11 +142,9 @@ def _companions(config: TargetedConfig) -> list[str]:
 def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
     layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     targets = config.target_modules
-    return (
-        []
-        if targets is None or is_empty(targets)
-        else select(paths, targets, config.exclude_modules, *layers)
-    )
+    if targets is None or is_empty(targets):
+        return []
+    return select(paths, targets, config.exclude_modules, *layers)
 
 
 def _saved(

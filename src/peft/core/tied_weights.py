@@ -42,11 +42,8 @@ class Pair(NamedTuple):
         one = self.part.get_parameter(self.target)
         if one is self.part.get_parameter(self.source):
             path, _, name = self.target.rpartition(".")
-            setattr(
-                self.part.get_submodule(path),
-                name,
-                nn.Parameter(one.detach().clone(), one.requires_grad),
-            )
+            fresh = nn.Parameter(one.detach().clone(), one.requires_grad)
+            setattr(self.part.get_submodule(path), name, fresh)
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -70,11 +67,9 @@ def can_tell(model: Any) -> bool:
     """Return whether the flag can be set to False: the config keeps it, and no forward reads it."""
     kind = type(model.config)
     try:
-        known = (
-            kind.from_dict({**model.config.to_dict(), _FLAG: False})
-            if hasattr(kind, "from_dict")
-            else model.config
-        )
+        known = model.config
+        if hasattr(kind, "from_dict"):
+            known = kind.from_dict({**model.config.to_dict(), _FLAG: False})
         source = inspect.getsource(type(model).forward)
     except (OSError, TypeError, ValueError):
         return True

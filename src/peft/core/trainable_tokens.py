@@ -87,9 +87,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def __init__(self, module: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(module)
         self.token_adapter = TrainableTokensLayer(module)
-        self._owner = (
-            self.token_adapter if tied_to is None else tied_to.token_adapter,
-        )  # in a tuple, not to be registered
+        owner = self if tied_to is None else tied_to
+        self._owner = (owner.token_adapter,)  # in a tuple, not to be registered
 
     @staticmethod
     def rows_of(
@@ -100,9 +99,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             module = module.original_module
         weight = _weight(module)
         if weight.is_meta or not initialize:
-            rows = torch.empty(
-                len(indices), weight.shape[1], device=place.device, dtype=place.dtype
-            )
+            size = len(indices), weight.shape[1]
+            rows = torch.empty(size, device=place.device, dtype=place.dtype)
         else:
             rows = weight.detach()[indices].to(*place, copy=True)
         return TokenRows(indices, nn.Parameter(rows))
@@ -167,9 +165,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         for name in self.among(adapter_names):
             make_plain(self.original_module)
             weight = _weight(self.original_module)
-            weight.data[self._owner[0].token_indices[name]] = (
-                self._owner[0].trainable_tokens_delta[name].data.to(weight)
-            )
+            own = self._owner[0]
+            rows = own.trainable_tokens_delta[name].data
+            weight.data[own.token_indices[name]] = rows.to(weight)
         return self.original_module
 
     def _in_use(self) -> list[str]:

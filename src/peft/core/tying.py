@@ -110,19 +110,12 @@ def warn_of_ties(model: nn.Module, plan: _Plan) -> None:
     for path, module in {**plan.targets, **plan.trainable_copies}.items():
         for parameter in module.parameters(recurse=False) if path not in tied else ():
             places = plan.places.get(path, [path])
-            others = sorted(
-                {
-                    other
-                    for other in holders.get(id(parameter), [])
-                    if other not in places and not in_same_list(path, other)
-                }
-            )
+            others = sorted(set(holders.get(id(parameter), ())).difference(places))
+            others = [other for other in others if not in_same_list(path, other)]
             if others:
-                remedy = (
-                    "`ensure_weight_tying=True` ties the adapters."
-                    if hasattr(plan.config, "ensure_weight_tying")
-                    else "no implementation exists to tie the adapters."
-                )
+                remedy = "no implementation exists to tie the adapters."
+                if hasattr(plan.config, "ensure_weight_tying"):
+                    remedy = "`ensure_weight_tying=True` ties the adapters."
                 warn(
                     f"`{path}` shares a weight with {', '.join(f'`{other}`' for other in others)}, "
                     f"which will go on using it as it is: {remedy} `merge_adapter` changes it "

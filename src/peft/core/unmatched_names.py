@@ -95,11 +95,9 @@ def counted_names(paths: Iterable[str]) -> str:
 def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
     """Return the message for a config that matches none of `paths`, with `adaptable` ones."""
     targets, layers, pattern = config.target_modules or (), *layer_choice(config)
-    shown = (
-        repr(targets)
-        if isinstance(targets, str)
-        else "{" + ", ".join(map(repr, sorted(targets))) + "}"
-    )
+    shown = repr(targets)
+    if not isinstance(targets, str):
+        shown = "{" + ", ".join(map(repr, sorted(targets))) + "}"
     message = (
         f"Target modules {shown} not found in the base model. Please check the target modules and "
         "try again."
@@ -168,11 +166,9 @@ def warn_of_unused(config: TargetedConfig, paths: Collection[str]) -> None:
                 PeftWarning,
             )
         elif idle:
-            only = (
-                f"; it {effect} {', '.join(map(repr, rest))} only."
-                if 0 < len(rest) <= _FEW
-                else "."
-            )
+            only = "."
+            if 0 < len(rest) <= _FEW:
+                only = f"; it {effect} {', '.join(map(repr, rest))} only."
             if not rest and not any(near_modules(name, paths) for name in idle):
                 outermost = counted_names(path for path in paths if "." not in path)
                 only += f" Its outermost modules are {outermost}."
@@ -247,11 +243,9 @@ def _layers_of(paths: Iterable[str], pattern: LayerLists) -> str:
     if not present:
         return f"in no list called {pattern!r}" if pattern else "in no list of layers"
     runs = len(present) > 1 and present == list(range(present[0], present[-1] + 1))
-    return (
-        f"in layers {present[0]} to {present[-1]}"
-        if runs
-        else f"in layers {', '.join(map(str, present))}"
-    )
+    if runs:
+        return f"in layers {present[0]} to {present[-1]}"
+    return f"in layers {', '.join(map(str, present))}"
 
 
 def _idle_words(pattern: str, paths: Collection[str]) -> Iterator[str]:

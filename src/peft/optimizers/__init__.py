@@ -3,7 +3,7 @@
 
 import typing as _typing
 
-from ..base.placeholders import placeholder as _placeholder
+from ..base.placeholders import placeholders as _placeholders
 from .groups import create_optimizer, parameter_groups, trainer_optimizer
 from .loraplus import create_loraplus_optimizer
 
@@ -15,6 +15,4 @@ create_lorafa_optimizer: type
 create_riemannian_optimizer: type
 
 if not _typing.TYPE_CHECKING:  # a type checker would take any name for one that exists
-
-    def __getattr__(name: str) -> type:
-        return _placeholder(name, __name__)
+    __getattr__ = _placeholders(__name__)

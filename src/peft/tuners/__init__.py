@@ -3,7 +3,7 @@
 
 import typing as _typing
 
-from ..base.placeholders import placeholder as _placeholder
+from ..base.placeholders import placeholders as _placeholders
 from .loha import LoHaConfig, LoHaModel
 from .lokr import (
     LoKrConfig,
@@ -34,10 +34,7 @@ from .vblora import VBLoRAConfig, VBLoRAModel, VectorBank, bank_usage
 if _typing.TYPE_CHECKING:
     from ..base.placeholder_names import *  # noqa: F403
 else:
-
-    def __getattr__(name: str) -> type:
-        """Return the placeholder for a name that this package does not implement."""
-        return _placeholder(name, __name__)
+    __getattr__ = _placeholders(__name__)
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import nn
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftValueError
-from ..base.placeholders import placeholder
+from ..base.placeholders import placeholders
 from ..base.suggestions import no_adapter
 from ..config import TargetedConfig
 from ..core import targets as _targets
@@ -51,9 +51,7 @@ replicate_layers: type
 T = TypeVar("T", bound=TargetedConfig)
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 def check_adapters_to_merge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..base.placeholders import placeholder
+from ..base.placeholders import placeholders
 from ..core.weights import dequantize_module_weight
 from ..integrations.accelerate import init_empty_weights
 from ..integrations.distributed import gather_params_ctx
@@ -25,6 +25,4 @@ map_cache_to_layer_device_map: type
 skip_init_on_device: type
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)

@@ -18,7 +18,7 @@ from ..base.modules import (
     shift_tokens_right,
 )
 from ..base.patterns import matches_path
-from ..base.placeholders import placeholder
+from ..base.placeholders import placeholders
 from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, transpose
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
@@ -37,9 +37,7 @@ is_gptqmodel_quant_linear: type
 set_additional_trainable_modules: type
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:

@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING
 
 from ..base.constants import MODEL_ROOT, ROOT
-from ..base.placeholders import placeholder
+from ..base.placeholders import placeholders
 from ..checkpoint.checks import LoadResult, check_complete, check_state
 from ..checkpoint.hub import load_peft_weights
 from ..checkpoint.keys import (
@@ -35,6 +35,4 @@ __all__ = [
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)

@@ -6,7 +6,7 @@ arXiv:2106.09685, 2402.09353
 import typing as _typing
 from typing import Any as _Any
 
-from ...base.placeholders import placeholder as _placeholder
+from ...base.placeholders import placeholders as _placeholders
 from ...base.registry import register_peft_method
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
@@ -45,9 +45,7 @@ QuantLinear: _Any
 create_arrow_model: _Any
 
 if not _typing.TYPE_CHECKING:  # type checkers would accept any name
-
-    def __getattr__(name: str) -> _Any:
-        return _placeholder(name, __name__)
+    __getattr__ = _placeholders(__name__)
 
 
 __all__ = [

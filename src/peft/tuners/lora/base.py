@@ -193,11 +193,8 @@ class LoraLayer(BaseTunerLayer):
         self, adapter_name: str, init_lora_weights: bool | str = True
     ) -> None:
         """Draw an adapter's factors again."""
-        how = (
-            init_lora_weights
-            if init_lora_weights in ("gaussian", "orthogonal")
-            else bool(init_lora_weights)
-        )
+        is_named = init_lora_weights in ("gaussian", "orthogonal")
+        how = init_lora_weights if is_named else bool(init_lora_weights)
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         draw(A.weight, B.weight, how)
         if B.bias is not None:
@@ -316,11 +313,10 @@ class LoraLayer(BaseTunerLayer):
         weight = on_accelerator(base_weight(self)) if on_gpu else base_weight(self)
 
         def norms() -> Tensor:
-            factors = (
-                self._weights(adapter_name) if self._is_grouped else self.factors(adapter_name)
-            )
+            is_grouped = self._is_grouped
+            factors = self._weights(adapter_name) if is_grouped else self.factors(adapter_name)
             A, B = map(on_accelerator, factors) if on_gpu else factors
-            if self._is_grouped:
+            if is_grouped:
                 return grouped_row_norms(weight, A, B, scale)
             return row_norms(self.geometry.as_stored(weight).flatten(1), A, B, scale)
 

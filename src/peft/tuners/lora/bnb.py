@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from .layer import Linear
 
 __all__ = ["Linear4bit", "Linear8bitLt"]
@@ -19,9 +19,7 @@ dispatch_bnb_4bit: type
 dispatch_bnb_8bit: type
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class Linear4bit(Linear):

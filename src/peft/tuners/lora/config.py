@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...base.errors import PeftNotSupportedError, warn
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from ...base.plain_values import JsonObject, is_empty
 from ...base.registry import WAY_BACK, PeftType
 from ...config import (
@@ -49,9 +49,7 @@ MontecloraConfig: type
 VeloraConfig: type
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 @dataclass

@@ -240,11 +240,8 @@ def initialize_lora_eva_weights(
 
 def _adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, nn.Module]:
     """Return the linear layers with an adapter by their paths in a `PeftModel`."""
-    return {
-        MODEL_ROOT + path: layer
-        for path, layer in model.base_model.named_tuner_layers()
-        if isinstance(layer, Linear) and adapter_name in layer.scaling
-    }
+    layers = model.base_model.adapter_layers(adapter_name, Linear)
+    return {MODEL_ROOT + path: layer for path, layer in layers.items()}
 
 
 def _plain_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

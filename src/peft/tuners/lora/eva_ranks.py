@@ -35,10 +35,8 @@ def put_directions(
     config = tuner.peft_config[name]
     layers = {
         path: layer
-        for path, layer in tuner.named_tuner_layers()
-        if isinstance(layer, LoraLayer)
-        and not isinstance(layer, ParameterLayer)
-        and name in layer.scaling
+        for path, layer in tuner.adapter_layers(name, LoraLayer).items()
+        if not isinstance(layer, ParameterLayer)
     }
     _check(layers, directions)
     if other := [path for path in layers if path not in directions]:

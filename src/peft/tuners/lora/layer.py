@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...base.modules import on_accelerator
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from ...core.base_layer import embedding_scale
 from ...core.weights import base_weight, is_quantized
 from ...ops.dispatch import are_unhooked
@@ -42,9 +42,7 @@ _LoraFactorsProxy: type
 dispatch_default: type
 
 if not TYPE_CHECKING:  # type checkers would accept any name
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class Linear(LoraLayer):

@@ -91,10 +91,8 @@ def replace_lora_weights_loftq(
     check_adapter(adapter_name, peft_model.peft_config)
     layers = {
         path: layer
-        for path, layer in peft_model.base_model.named_tuner_layers()
-        if isinstance(layer, Linear)
-        and adapter_name in layer.scaling
-        and quantized_format(layer) is not None
+        for path, layer in peft_model.base_model.adapter_layers(adapter_name, Linear).items()
+        if quantized_format(layer) is not None
     }
     if not layers:
         raise PeftValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError, PeftWarning, warn
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from ...checkpoint.protocols import CheckpointFormat, FusedPart, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
@@ -55,9 +55,7 @@ _QUANTIZED: Mapping[str | None, type[Linear]] = {
 
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class LoraFormat(CheckpointFormat[LoraConfig]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from .layer import Linear
 
 __all__ = ["TorchaoLoraLinear"]
@@ -13,9 +13,7 @@ __all__ = ["TorchaoLoraLinear"]
 dispatch_torchao: type  # a name of the interface that this package does not implement
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class TorchaoLoraLinear(Linear):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import warn
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from .invocation import invocation_starts, offsets_of
 
 __all__ = [
@@ -37,9 +37,7 @@ QALoraLinearVariant: type
 VeloraLinearVariant: type
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class _AdaptedModel(Protocol):

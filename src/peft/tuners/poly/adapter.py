@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
 from ...core.routing.task_ids import some_tasks
 from ...integrations.distributed import is_managed
+from .layer import PolyLayer
 from .router import Router, TaskRouter
 from .task_skills import TaskSkills
 from .task_table import TaskTable
@@ -23,7 +24,6 @@ from .task_table import TaskTable
 if TYPE_CHECKING:
     from ...core.tuner import BaseTuner
     from .config import PolyConfig
-    from .layer import PolyLayer
 
 Task: TypeAlias = int | str
 Tasks: TypeAlias = int | str | Sequence[int | str] | Tensor
@@ -48,12 +48,7 @@ class PolyAdapter:
                 f"Adapter {adapter_name} is not a Poly adapter: its config is a "
                 f"{type(config).__name__}."
             )
-        layers = {
-            path: cast("PolyLayer", layer)
-            for path, layer in tuner.named_tuner_layers()
-            if adapter_name in layer.scaling
-        }
-        return cls(tuner, adapter_name, config, layers)
+        return cls(tuner, adapter_name, config, tuner.adapter_layers(adapter_name, PolyLayer))
 
     @classmethod
     def with_tasks(cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None) -> PolyAdapter:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftTypeError
 from ...base.geometry import Placement
-from ...base.placeholders import placeholder
+from ...base.placeholders import placeholders
 from ...core.routing.pooling import pool
 from ...core.routing.task_ids import as_task_ids
 from ...integrations.distributed import gathered_tensor
@@ -26,9 +26,7 @@ _GATING = Gating()
 
 
 if not TYPE_CHECKING:  # names of the interface that are elsewhere here, or not provided
-
-    def __getattr__(name: str) -> object:
-        return placeholder(name, __name__)
+    __getattr__ = placeholders(__name__)
 
 
 class Router(nn.Module):

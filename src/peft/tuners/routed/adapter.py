@@ -34,11 +34,7 @@ class RoutedAdapter:
                 f"Adapter {adapter_name} is not a routed adapter: its config is a "
                 f"{type(config).__name__}."
             )
-        layers = {
-            path: layer
-            for path, layer in tuner.named_tuner_layers()
-            if isinstance(layer, RoutedLayer) and adapter_name in layer.scaling
-        }
+        layers = tuner.adapter_layers(adapter_name, RoutedLayer)
         return cls(tuner, adapter_name, config, layers)
 
     @classmethod

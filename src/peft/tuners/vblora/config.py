@@ -12,6 +12,11 @@ import torch
 from ...base.registry import PeftType
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
+_SWITCHES = (
+    "save_only_topk_weights", "fan_in_fan_out", "train_topk_weights", "pad_last_tile",
+    "output_gate",
+)  # fmt: skip
+
 
 @dataclass
 class VBLoRAConfig(TargetedConfig):
@@ -142,17 +147,10 @@ class VBLoRAConfig(TargetedConfig):
         if is_int(self.topk) and is_int(self.num_vectors) and self.topk > self.num_vectors >= 1:
             yield f"`topk`={self.topk} must not be larger than `num_vectors`={self.num_vectors}."
         yield from probability("vblora_dropout", self.vblora_dropout)
-        for name in (
-            "save_only_topk_weights",
-            "fan_in_fan_out",
-            "train_topk_weights",
-            "pad_last_tile",
-            "output_gate",
-        ):
+        for name in _SWITCHES:
             yield from boolean(name, getattr(self, name))
-        yield from choice(
-            "topk_weights_dtype", self.topk_weights_dtype, ("float32", "float16", "bfloat16")
-        )
+        dtypes = ("float32", "float16", "bfloat16")
+        yield from choice("topk_weights_dtype", self.topk_weights_dtype, dtypes)
         for name in ("bank", "bank_sha256"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 yield f"`{name}`={getattr(self, name)!r} must be a string or None."

@@ -161,14 +161,12 @@ class VBLoRALayer(BaseTunerLayer):
         tiles = (config.r, tiles_in), (tiles_out, config.r)
         for name, shape in zip(LOGITS, tiles, strict=True):
             if storage_format is not StorageFormat.LOGITS:
-                indices = torch.zeros(
-                    *shape, config.topk, device=device, dtype=index_dtype(config.num_vectors)
-                )
+                kind = index_dtype(config.num_vectors)
+                indices = torch.zeros(*shape, config.topk, device=device, dtype=kind)
                 getattr(self, name + INDICES)[adapter_name] = indices
             if storage_format is StorageFormat.TOPK_WEIGHTS:
-                weights = torch.zeros(
-                    *shape, config.topk - 1, device=device, dtype=config.weights_dtype
-                )
+                kind = config.weights_dtype
+                weights = torch.zeros(*shape, config.topk - 1, device=device, dtype=kind)
                 getattr(self, name + WEIGHTS)[adapter_name] = weights
                 continue
             length = config.num_vectors if storage_format is StorageFormat.LOGITS else config.topk
@@ -270,10 +268,6 @@ class VBLoRALayer(BaseTunerLayer):
             B = B[..., : self.geometry.out_features, :]
         return A, B
 
-    def get_delta_weight(self, adapter_name: str, **options: object) -> Tensor:
-        """Return `B·A` in the base weight's layout."""
-        return self.delta_recipe(adapter_name).weight()
-
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return the composed factors, for exact merging."""
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
@@ -314,19 +308,15 @@ class VBLoRALayer(BaseTunerLayer):
         self, batch: AdapterBatch, x: Tensor, result: Tensor, shared: RowOwners
     ) -> Tensor:
         """Apply compact adapters over one shared bank together, the others one by one."""
-        together = (
-            [] if self.training else [names for names in self._groups(batch) if len(names) > 1]
-        )
+        groups = () if self.training else self._groups(batch)
+        together = [names for names in groups if len(names) > 1]
         for names in together:
             result = self._apply_together(names, batch, x, result, shared)
         if not together:
             return super().apply_by_sample(batch, x, result, shared)
         done = {name for names in together for name in names}
-        rest = {
-            name: samples
-            for name, samples in batch.samples.items()
-            if name in self.scaling and name not in done
-        }
+        left = [name for name in batch.samples if name in self.scaling and name not in done]
+        rest = {name: batch.samples[name] for name in left}
         return super().apply_by_sample(batch.subset(rest), x, result, shared) if rest else result
 
     def _groups(self, batch: AdapterBatch) -> Iterable[tuple[str, ...]]:
@@ -374,9 +364,8 @@ class VBLoRALayer(BaseTunerLayer):
         if len(rows) != len(names):  # else each adapter has one row, in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
-        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype).reshape(
-            len(rows), -1, x.shape[-1]
-        )
+        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype)
+        own = own.reshape(len(rows), -1, x.shape[-1])
         delta = (own @ A.mT @ B).view(len(rows), *result.shape[1:]).to(result.dtype)
         return result + delta if is_all else result.index_add(0, rows, delta)
 

@@ -76,17 +76,10 @@ def with_start(
     for key, tensor in state.items():
         path, name = _taken_apart(key)
         if name in _DOUBLED:
-            own = starts.get(path)
-            rest = (
-                torch.zeros_like(tensor)
-                if own is None
-                else own.A
-                if name == "lora_A.weight"
-                else -own.B
-            )
-            result[key] = torch.cat(
-                [tensor, rest.to(tensor.device, tensor.dtype)], dim=_DOUBLED[name]
-            )
+            own, is_A = starts.get(path), name == "lora_A.weight"
+            rest = torch.zeros_like(tensor) if own is None else own.A if is_A else -own.B
+            rest = rest.to(tensor.device, tensor.dtype)
+            result[key] = torch.cat([tensor, rest], dim=_DOUBLED[name])
     return plain, result
 
 
