@@ -99,5 +99,5 @@ def inject_adapter_in_model(
     )
     # Clients write this config to files.
     configs[adapter_name] = tuner.config_to_save(adapter_name)
-    model.peft_config = configs  # type: ignore[assignment]
+    vars(model)["peft_config"] = configs
     return model

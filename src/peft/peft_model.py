@@ -198,14 +198,12 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, and make its input require gradients."""
-        base = self.get_base_model()
-        base.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing()
 
     def activation_checkpointing_enable(self, *args: object, **kwargs: object) -> None:
         """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
-        base = self.get_base_model()
-        base.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:

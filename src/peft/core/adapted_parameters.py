@@ -191,7 +191,7 @@ def _property(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
         parameter = self._parameters.get(name)
         if name not in vars(self):
-            if parameter is None and not _is_computed(self, name):
+            if parameter is None and not parametrize.is_parametrized(self, name):
                 raise AttributeError(name)
             if is_flattened(parameter):  # between calls, FSDP1 looks for its own parameter
                 return cast(Tensor, parameter)
@@ -205,10 +205,6 @@ def _property(name: str) -> property:
             raise AttributeError(name)
 
     return property(get, put, delete)
-
-
-def _is_computed(module: nn.Module, name: str) -> bool:
-    return parametrize.is_parametrized(module, name)
 
 
 class ParameterView(nn.Module):

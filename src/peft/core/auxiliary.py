@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ..base.containers import AdapterModuleDict
 from ..base.errors import PeftNotSupportedError, PeftValueError
 from ..base.freezing import TemporaryFreeze
 from ..integrations.distributed import gathered
+
+R = TypeVar("R")
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -143,14 +145,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def _run_for_samples(
         self,
         batch: AdapterBatch,
-        run: Callable[..., object],
+        run: Callable[..., R],
         args: tuple[Any, ...],
         kwargs: dict[str, object],
-    ) -> Tensor:
+    ) -> R | Tensor:
         """Call `run(adapter, …)` with the rows of each adapter's samples; join the outputs."""
         if batch.only is not None:
-            output = run(batch.only, *args, **kwargs)
-            return output  # type: ignore[return-value]
+            return run(batch.only, *args, **kwargs)
         shared = batch.row_owners(args[0], self)
         dim = int(shared.sequence_first)
         total = args[0].shape[dim]
@@ -169,7 +170,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
             )
             for name, own in rows.items()
         ]
-        tensors = [output for output in outputs if isinstance(output, Tensor)]
+        tensors: list[Tensor] = [output for output in outputs if isinstance(output, Tensor)]
         if len(tensors) < len(outputs):
             raise PeftNotSupportedError(
                 "`adapter_names` needs modules in `modules_to_save` that return a tensor; "

@@ -63,9 +63,8 @@ def restore_fused_paths(model: nn.Module) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_operation:
                 del module._forward_pre_hooks[key]
-        if "_packs_when_plain" in vars(module):
-            del module._packs_when_plain
-            module.use_nested_tensor = True  # type: ignore[assignment]
+        if vars(module).pop("_packs_when_plain", False):
+            vars(module)["use_nested_tensor"] = True
 
 
 def _no_operation(module: nn.Module, args: object) -> None:

@@ -347,7 +347,7 @@ def _parts(path: str, module: nn.Module, places: list[str]) -> list[ParameterTar
             "MultiheadAttention; this one has `kdim` or `vdim`. Name its matrices in "
             f"`target_parameters` instead: ['{path}.q_proj_weight', …]."
         )
-    output = innermost(module.out_proj)  # type: ignore[arg-type]
+    output = innermost(module.get_submodule("out_proj"))
     inside = f"{path}.base_layer.out_proj"
     return [
         ParameterTarget(path, "in_proj_weight", module, tuple(places), part_of=path),

@@ -31,15 +31,17 @@ def problems(name: str, value: object) -> Iterator[str]:
     """Require pairs of integers `[start, end]` with `0 ≤ start < end`, or None."""
     if value is None or (isinstance(value, (list, tuple)) and not value):
         return
-    is_map = isinstance(value, (list, tuple)) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_int, pair))
-        for pair in value
-    )
-    if not is_map or any(not 0 <= start < end for start, end in value):  # type: ignore[attr-defined]
+    if not isinstance(value, (list, tuple)) or not all(map(_is_range, value)):
         yield (
             f"`{name}`={value!r} must be a list of ranges `[start, end]` of layers, the end not "
             "included: [[0, 4], [2, 5]]."
         )
+
+
+def _is_range(pair: object) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(is_int, pair)):
+        return False
+    return 0 <= pair[0] < pair[1]
 
 
 class ReplicatedLayers(nn.ModuleList):
@@ -207,7 +209,7 @@ def _sharing_copy(layer: nn.Module, place: int) -> nn.Module:
     result = copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
     for module in result.modules():
         if is_int(getattr(module, "layer_idx", None)):
-            module.layer_idx = place  # type: ignore[assignment]
+            vars(module)["layer_idx"] = place
     return result
 
 

@@ -110,12 +110,9 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
     for part in model.modules():
         expand = getattr(part, "get_expanded_tied_weights_keys", None)
         tied = expand(all_submodels=False) if expand is not None else {}
-        known = (
-            {name for name, _ in part.named_parameters(remove_duplicate=False)} if tied else set()
-        )
-        yield from (
-            Pair(part, one, two) for one, two in tied.items() if one in known and two in known
-        )
+        named = part.named_parameters(remove_duplicate=False) if tied else ()
+        known = {name for name, _ in named}
+        yield from (Pair(part, *pair) for pair in tied.items() if known.issuperset(pair))
     if not hasattr(model, "get_expanded_tied_weights_keys") and hasattr(
         model, "get_output_embeddings"
     ):
@@ -123,9 +120,8 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
             id(p): name
             for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
         }
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        table = model.get_input_embeddings()  # type: ignore[operator]
-        target, source = (names.get(id(getattr(end, "weight", None))) for end in (head, table))
+        ends = (getattr(model, f"get_{end}_embeddings")() for end in ("output", "input"))
+        target, source = (names.get(id(getattr(end, "weight", None))) for end in ends)
         if target and source and target != source:
             yield Pair(model, target, source)
 

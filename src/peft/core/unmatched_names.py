@@ -70,10 +70,8 @@ def with_near_misses(names: Iterable[str], paths: Collection[str]) -> str:
     """Return `names` in quotes, each with the modules that were probably meant."""
     shown = []
     for name in names:
-        near = near_modules(name, paths)
-        shown.append(
-            f"{name!r}" + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
-        )
+        near = " or ".join(map(repr, near_modules(name, paths)))
+        shown.append(f"{name!r}" + (f" (did you mean {near}?)" if near else ""))
     return ", ".join(shown)
 
 
@@ -87,9 +85,8 @@ def counted_names(paths: Iterable[str]) -> str:
     """
     counts = Counter(re.sub(r".*\.(?=[^.]*[^\d.][^.]*(\.\d+)*$)", "", path) for path in paths)
     shown = [f"{name!r}" + (f" ({count}x)" if count > 1 else "") for name, count in counts.items()]
-    return ", ".join(shown[:_SHOWN]) + (
-        f" and {len(shown) - _SHOWN} more names" if len(shown) > _SHOWN else ""
-    )
+    more = f" and {len(shown) - _SHOWN} more names" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + more
 
 
 def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
@@ -118,26 +115,20 @@ def what_there_is(
         return f" The model has some {_layers_of(in_other_layers, pattern)}."
     words, text = sorted(targets), _if_expressions(targets)
     if isinstance(targets, str):
-        words, text = (
-            _words(targets),
-            " A string is a regular expression for the whole path of a module",
-        )
         listed = [name for name in re.split(r"[,;|\s]+", targets) if _targets.select(paths, {name})]
-        text += (
-            f"; to name modules by the end of their path, pass a list: {listed!r}."
-            if listed
-            else "."
-        )
-        words = [name for name in words if name not in listed]
+        hint = f"; to name modules by the end of their path, pass a list: {listed!r}"
+        text = " A string is a regular expression for the whole path of a module"
+        text += f"{hint if listed else ''}."
+        words = [name for name in _words(targets) if name not in listed]
     near = [
         match
         for name in words
         for match in near_modules(name, adaptable) or near_modules(name, paths)
     ]
     text += f" Did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
-    return text + (
-        f" Modules that can be adapted are called {counted_names(adaptable)}." if adaptable else ""
-    )
+    if adaptable:
+        text += f" Modules that can be adapted are called {counted_names(adaptable)}."
+    return text
 
 
 def layer_choice(config: TargetedConfig) -> tuple[LayerIndices, LayerLists]:

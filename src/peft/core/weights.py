@@ -91,10 +91,9 @@ def stored_weight(module: nn.Module) -> Tensor:
     if is_unreadable(weight):
         raise PeftNotSupportedError(
             f"The weight of a {type(module).__name__} is spread over several processes, so that "
-            "nothing can be merged into it; "
-            "merge inside `FullyShardedDataParallel.summon_full_params(...)` or "
-            "`deepspeed.zero.GatheredParameters(...)`, or in "
-            "one process."
+            "nothing can be merged into it; merge inside "
+            "`FullyShardedDataParallel.summon_full_params(...)` or "
+            "`deepspeed.zero.GatheredParameters(...)`, or in one process."
         )
     if not isinstance(weight, Tensor) or is_quantized(module):
         raise PeftNotSupportedError(
@@ -173,22 +172,15 @@ def is_quantized(module: nn.Module) -> bool:
     """Return whether a weight is stored as other than plain floats; unscaled float8 is plain."""
     module = innermost(module)
     weight = getattr(module, "weight", None)
-    if (
-        not isinstance(weight, Tensor)
-        or not weight.is_floating_point()
-        or _is_packed(weight, module)
-    ):
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return True
+    size = geometry(module) or table(module)
+    if size is None or numel(weight) != size.out_features * columns(size):
+        return True  # its shape is not the layer's: a packed 4-bit format
     scaled = weight.dtype.itemsize == 1 and any(
         "scale" in name for name in (*module._parameters, *module._buffers)
     )
     return scaled or quantization.is_quantized_tensor(weight)
-
-
-def _is_packed(weight: Tensor, module: nn.Module) -> bool:
-    """Return whether a weight's shape is not the layer's (packed 4-bit formats)."""
-    size = geometry(module) or table(module)
-    return size is None or numel(weight) != size.out_features * columns(size)
 
 
 def placement(module: nn.Module, autocast: bool, device: torch.device | None = None) -> Placement:

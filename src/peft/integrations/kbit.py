@@ -60,13 +60,10 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and infer_device() != "cpu":
         getattr(torch, infer_device()).empty_cache()
     if use_gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
-        options = (
-            {}
-            if gradient_checkpointing_kwargs is None
-            else {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
-        )
-        model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
+        enable, checkpoint = (getattr(model, name) for name in needed)
+        enable()
+        given = gradient_checkpointing_kwargs
+        checkpoint(**({} if given is None else {"gradient_checkpointing_kwargs": given}))
     return model
 
 
