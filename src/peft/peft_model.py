@@ -140,9 +140,8 @@ class PeftModel(nn.Module):
         if config.peft_type != self.peft_type:
             raise PeftValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
-                f"{config.peft_type}. A model that takes both is made by "
-                "`get_peft_model(model, config, mixed=True)`, or loaded by "
-                "`PeftMixedModel.from_pretrained`."
+                f"{config.peft_type}. A model that takes both is made by `get_peft_model(model, "
+                "config, mixed=True)`, or loaded by `PeftMixedModel.from_pretrained`."
             )
 
     def _with_heads(self, config: Any) -> Any:
@@ -386,8 +385,7 @@ class PeftModel(nn.Module):
         if len(states) > 1:
             warn(
                 "The model contains some adapter layers that are enabled and others that are "
-                "disabled. All of them will be enabled at the end of the `disable_adapter` "
-                "context."
+                "disabled. All of them will be enabled at the end of the `disable_adapter` context."
             )
         self.base_model.disable_adapter_layers()
         try:

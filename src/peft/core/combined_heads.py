@@ -71,8 +71,7 @@ def combine(
     if heads == STACK not in parts:
         raise PeftValueError(
             f"`heads`={heads!r} is offered by `save_as_poly` and `convert_to_poly` alone, whose "
-            "tasks have labels of their own; "
-            f"here it must be {choices}."
+            f"tasks have labels of their own; here it must be {choices}."
         )
     if heads not in (None, MEAN, *parts):
         raise PeftValueError(
@@ -88,9 +87,8 @@ def combine(
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
             alike = len({tensor.shape for tensor in own.values()}) == 1
             raise PeftValueError(
-                f"Adapters {', '.join(own)} each train a copy of `{key}`{given}. Choose "
-                "one, or combine them, by `heads`: "
-                f"{_choices(own, can_stack, mean=alike)}."
+                f"Adapters {', '.join(own)} each train a copy of `{key}`{given}. Choose one, or "
+                f"combine them, by `heads`: {_choices(own, can_stack, mean=alike)}."
             )
         else:
             result[key] = _mean(

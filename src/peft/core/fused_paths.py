@@ -33,8 +33,7 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
     ):
         return (
             f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} "
-            "read this layer's weight and never "
-            "call it; adapt `in_proj` or `x_proj`"
+            "read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
         )
     return None
 

@@ -76,9 +76,8 @@ def check_order(layers: Sequence[_Layer], merged: Sequence[str]) -> None:
         before = active[: active.index(name)]
         if set(order[: order.index(name)]) != set(before):
             raise PeftNotSupportedError(
-                f"Adapter {name} is decomposed and applies after "
-                f"{', '.join(before) or 'no other'} in the forward, where "
-                f"{', '.join(active)} are active; merge them in that order."
+                f"Adapter {name} is decomposed and applies after {', '.join(before) or 'no other'} "
+                f"in the forward, where {', '.join(active)} are active; merge them in that order."
             )
         for other, each in [(n, e) for n in before if n in merged for e in layers]:
             if other in each.scaling and each.merge_bias(other, 1.0) is not None:

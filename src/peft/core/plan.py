@@ -342,10 +342,9 @@ def _raise_unmatched(
         named = _targets.select([*modules, *whole], config.target_modules or ())
         raise NoMatchingPeftModuleError(
             "No modules were targeted for adaptation. This might be caused by a combination of "
-            "mismatched target modules and "
-            "excluded modules. Please check your `target_modules` and `exclude_modules` "
-            "configuration. You may also have only "
-            "targeted modules that are marked to be saved (`modules_to_save`)."
+            "mismatched target modules and excluded modules. Please check your `target_modules` "
+            "and `exclude_modules` configuration. You may also have only targeted modules that are "
+            "marked to be saved (`modules_to_save`)."
             + ("" if named else unmatched_names.what_there_is(config, list(modules), adaptable))
         )
     raise NoMatchingPeftModuleError(unmatched_names.no_target(config, list(modules), adaptable))

@@ -289,8 +289,7 @@ def _problems(
     if path in taken:
         yield (
             f"`{path}`: The embedding layer is already marked to be trained fully or adapted; name "
-            "it in one of "
-            "`modules_to_save`, `target_modules` and `trainable_token_indices`."
+            "it in one of `modules_to_save`, `target_modules` and `trainable_token_indices`."
         )
     elif not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():
         yield (

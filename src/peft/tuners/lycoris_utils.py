@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import LycorisConfig
 from ..core.adapters import AdapterParameterDict
+from ..core.base_layer import geometry
 from ..core.layer import BaseTunerLayer
 from ..core.method_info import AdapterCost
 from ..core.parameter_layer import ParameterLayer
@@ -198,6 +199,18 @@ class LycorisParameters(ParameterLayer, LycorisLayer):
 
 class LycorisTuner(Generic[C]):
     """A mixin for tuners of LyCORIS layers: rank and alpha may be chosen by module."""
+
+    # Classes of layers by the number of axes of the kernel.
+    layer_classes: ClassVar[tuple[type[LycorisLayer], ...]]
+    supported_modules: ClassVar[str] = (
+        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+        "nn.MultiheadAttention"
+    )
+
+    def tuner_layer_class(self, config: C, module: nn.Module) -> type[LycorisLayer] | None:
+        """Return the class of layer for the module's number of kernel axes."""
+        size = geometry(module)
+        return None if size is None else self.layer_classes[len(size.kernel_size)]
 
     def tuner_layer_options(self, config: C, path: str, build: object) -> dict[str, object]:
         """Return rank and alpha for the module at `path`."""

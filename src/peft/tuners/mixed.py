@@ -74,8 +74,7 @@ class MixedModel(AdaptedModel[TargetedConfig]):
                 )
                 raise PeftValueError(
                     f"The provided `peft_type` {str(getattr(peft_type, 'value', peft_type))!r} is "
-                    "not compatible with the "
-                    f"`PeftMixedModel`. Compatible types are: {compatible}."
+                    f"not compatible with the `PeftMixedModel`. Compatible types are: {compatible}."
                 )
             tuner_cls: type[BaseTuner] = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type]
             method = tuner_cls(self.model, None, shared_root=self)

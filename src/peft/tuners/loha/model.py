@@ -6,11 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
-
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
-from ...core.base_layer import geometry
-from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
 from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
@@ -52,6 +48,7 @@ class LoHaModel(LycorisTuner[LoHaConfig], BaseTuner[LoHaConfig]):
 
     prefix: ClassVar[str] = "hada_"
     tuner_layer_cls = LoHaLayer
+    layer_classes = (Linear, Conv1d, Conv2d, Conv3d)
     parameter_layer_cls = ParamWrapper
     checkpoint_format = LoHaFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
@@ -59,13 +56,3 @@ class LoHaModel(LycorisTuner[LoHaConfig], BaseTuner[LoHaConfig]):
         "B": Role(("hada_w1_a", "hada_w2_a")),
         "full": Role(("hada_t1", "hada_t2")),
     }
-    supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
-        "nn.MultiheadAttention"
-    )
-
-    def tuner_layer_class(  # noqa: D102
-        self, config: LoHaConfig, module: nn.Module
-    ) -> type[BaseTunerLayer] | None:
-        size = geometry(module)
-        return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]

@@ -14,7 +14,6 @@ from ...base.errors import PeftValueError
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
-from ...core.layer import BaseTunerLayer
 from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_targets import ParameterTarget
@@ -65,6 +64,7 @@ class LoKrModel(LycorisTuner[LoKrConfig], BaseTuner[LoKrConfig]):
 
     prefix: ClassVar[str] = "lokr_"
     tuner_layer_cls = LoKrLayer
+    layer_classes = (Linear, Conv1d, Conv2d, Conv3d)
     parameter_layer_cls = ParamWrapper
     checkpoint_format = LoKrFormat()
     parameter_roles: ClassVar[Mapping[str, Role]] = {
@@ -73,18 +73,7 @@ class LoKrModel(LycorisTuner[LoKrConfig], BaseTuner[LoKrConfig]):
         "full": Role(("lokr_w1", "lokr_w2", "lokr_t2")),
         "magnitude": Role(("lokr_magnitude", "lokr_scalar"), decays=False),
     }
-    supported_modules: ClassVar[str] = (
-        "nn.Linear (also quantized), Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
-        "nn.MultiheadAttention"
-    )
     combination_types: ClassVar[tuple[str, ...]] = ("svd",)
-
-    def tuner_layer_class(
-        self, config: LoKrConfig, module: nn.Module
-    ) -> type[BaseTunerLayer] | None:
-        """Return the layer class for the module's number of kernel axes."""
-        size = geometry(module)
-        return None if size is None else (Linear, Conv1d, Conv2d, Conv3d)[len(size.kernel_size)]
 
     def tuner_layer_options(
         self, config: LoKrConfig, path: str, build: object

@@ -66,6 +66,7 @@ class ActiveCall:
             call too; None for other calls.
         later: In `generate`, the call of a forward with one token after the prompt. It serves all
             of them, since the state of a row does not change any more.
+        acts_on_all: True in a layer that selects the rows itself: adapters act on all of them.
     """
 
     owner: Activation | None
@@ -75,6 +76,7 @@ class ActiveCall:
     chosen: Tensor | None = None
     length: int | None = None
     later: ActiveCall | None = None
+    acts_on_all: bool = False
     _known: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
     def scales(
@@ -92,7 +94,7 @@ class ActiveCall:
         """
         mask = self.chosen if adapter_name is None else self.masks.get(adapter_name)
         if mask is None:
-            return 0.0
+            return scale if self.acts_on_all else 0.0
         layout = layer.layout
         # Each expert has tokens of its own; under `torch.compile` sizes may be no keys.
         if layout.expert or isinstance(scale, Tensor) or torch.compiler.is_compiling():
@@ -116,22 +118,6 @@ class ActiveCall:
         found = values_of_rows(mask, x, layer, self.rows).to(dtype)
         found = found if isinstance(scale, float) and scale == 1 else found * scale
         return found.reshape(-1, 1) if flat else found.unsqueeze(-1)
-
-
-class _AllRows(ActiveCall):
-    """A call in which adapters act on all rows."""
-
-    def scales(
-        self,
-        adapter_name: str | None,
-        x: Tensor,
-        layer: BaseTunerLayer,
-        dtype: torch.dtype,
-        scale: float | Tensor = 1.0,
-        flat: bool = False,
-    ) -> Tensor | float:
-        """Return the scale for all rows."""
-        return scale
 
 
 ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
@@ -365,7 +351,7 @@ def row_scales(
 
 def on_all_rows() -> AbstractContextManager[object]:
     """Return a context in which adapters act on all rows, for a layer that selects them itself."""
-    return ACTIVE_CALLS.during(_AllRows(None, CallRows(None)))
+    return ACTIVE_CALLS.during(ActiveCall(None, CallRows(None), acts_on_all=True))
 
 
 def _forward(method: MethodCall) -> object:

@@ -40,6 +40,7 @@ INITIALIZATIONS = (
     *(True, False, "gaussian", "orthogonal", "olora", "pissa"),
     *("loftq", "eva", "corda", "lora_ga"),
 )
+_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 
 # Names of the interface that this package does not implement, as placeholders.
 ArrowConfig: type
@@ -275,30 +276,23 @@ class LoraConfig(TargetedConfig):
                 for name in asked
             )
             raise PeftNotSupportedError(f"LoraConfig: {named}. {WAY_BACK}")
-        if isinstance(self.runtime_config, dict) and self.runtime_config.keys() <= {
-            "ephemeral_gpu_offload"
-        }:
-            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        runtime, known = self.runtime_config, {"ephemeral_gpu_offload"}
+        if isinstance(runtime, dict) and runtime.keys() <= known:
+            self.runtime_config = LoraRuntimeConfig(**runtime)
         super().validate()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        if isinstance(self.runtime_config, LoraRuntimeConfig):
-            yield from boolean(
-                "runtime_config.ephemeral_gpu_offload", self.runtime_config.ephemeral_gpu_offload
-            )
+        runtime = self.runtime_config
+        if isinstance(runtime, LoraRuntimeConfig):
+            name = "runtime_config.ephemeral_gpu_offload"
+            yield from boolean(name, runtime.ephemeral_gpu_offload)
         else:
-            yield f"`runtime_config`={self.runtime_config!r} must be a LoraRuntimeConfig."
+            yield f"`runtime_config`={runtime!r} must be a LoraRuntimeConfig."
         yield from at_least("r", self.r)
         yield from number("lora_alpha", self.lora_alpha)
         yield from probability("lora_dropout", self.lora_dropout)
-        for name in (
-            "fan_in_fan_out",
-            "use_rslora",
-            "use_dora",
-            "lora_bias",
-            "ensure_weight_tying",
-        ):
+        for name in _SWITCHES:
             yield from boolean(name, getattr(self, name))
         yield from choice("bias", self.bias, ("none", "all", "lora_only"))
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
@@ -328,11 +322,8 @@ class LoraConfig(TargetedConfig):
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
             yield from choice("init_lora_weights", start, (*INITIALIZATIONS, "pissa_niter_<n>"))
-        if (
-            self.starts_from_weight
-            and isinstance(self.lora_alpha, (int, float))
-            and self.lora_alpha <= 0
-        ):
+        alpha = self.lora_alpha
+        if self.starts_from_weight and isinstance(alpha, (int, float)) and alpha <= 0:
             yield f"`init_lora_weights`={start!r} needs a positive `lora_alpha`."
 
     def _activation_problems(self) -> Iterator[str]:

@@ -73,9 +73,8 @@ def _check_quantizing(layers: Mapping[str, nn.Module], construction: Constructio
     packed = [path for path, m in layers.items() if is_quantized(m)]
     if packed and construction.initialize:
         raise PeftNotSupportedError(
-            "`init_lora_weights`='loftq' quantizes the base weight, and "
-            f"{_listed(packed)} are quantized; make the adapter with True, and call "
-            "`replace_lora_weights_loftq`."
+            f"`init_lora_weights`='loftq' quantizes the base weight, and {_listed(packed)} are "
+            "quantized; make the adapter with True, and call `replace_lora_weights_loftq`."
         )
     present = {path: layer_of(m, LoraLayer) for path, m in layers.items()}
     if merged := [

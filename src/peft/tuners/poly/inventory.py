@@ -124,8 +124,7 @@ def set_router_weights(
     if unknown := sorted(set(tables) - set(routers)):
         raise PeftValueError(
             f"{unknown} are not paths of layers that route by task; those are "
-            f"{names_shown(list(routers))}."
-            f"{did_you_mean(str(unknown[0]), routers)}"
+            f"{names_shown(list(routers))}.{did_you_mean(str(unknown[0]), routers)}"
         )
     logits = {path: _logits_of(table, routers[path], path) for path, table in tables.items()}
     for path, values in logits.items():
@@ -211,8 +210,7 @@ def _source(config: PolyConfig, init: object) -> int:
         near = did_you_mean(str(init), [*_STARTS, *names])
         raise PeftValueError(
             f"`init`={init!r} must be 'mean', 'uniform', or the id or name of a task; the "
-            "adapter's are "
-            f"{names_shown(names) if names else f'0 to {config.n_tasks - 1}'}.{near}"
+            f"adapter's are {names_shown(names) if names else f'0 to {config.n_tasks - 1}'}.{near}"
         )
     return one_task(init, config, "init")
 

@@ -137,9 +137,8 @@ class VectorBank:
         if name not in layer.vblora_vector_bank:
             raise PeftValueError(
                 f"Adapter {name} runs over a shared bank, which is frozen; make one with a bank of "
-                "its own: `VBLoRAConfig` without "
-                f"`bank`, with `num_vectors={self.num_vectors}` and "
-                f"`vector_length={self.vector_length}`."
+                f"its own: `VBLoRAConfig` without `bank`, with `num_vectors={self.num_vectors}` "
+                f"and `vector_length={self.vector_length}`."
             )
         own = layer.vblora_vector_bank[name]
         if own.shape != self.vectors.shape:

@@ -129,17 +129,15 @@ def check_readable(content: JsonObject) -> None:
     if how in FROM_DATA:
         raise PeftNotSupportedError(
             f"LoraConfig: the adapter's `init_lora_weights`={how!r} changed the base weight by "
-            "data that is not in its file. Have "
-            "its writer save it with `path_initial_model_for_weight_conversion`; or, if this base "
-            "is the changed one, pass a "
-            "config with `init_lora_weights=True`."
+            "data that is not in its file. Have its writer save it with "
+            "`path_initial_model_for_weight_conversion`; or, if this base is the changed one, pass "
+            "a config with `init_lora_weights=True`."
         )
     if is_random(how) and content.get("start") is None:
         warn(
             f"The adapter's `init_lora_weights`={how!r} drew random numbers that its file does not "
-            "have; with others, its outputs "
-            "are not those it was trained to. Have its writer save it with "
-            "`path_initial_model_for_weight_conversion`."
+            "have; with others, its outputs are not those it was trained to. Have its writer save "
+            "it with `path_initial_model_for_weight_conversion`."
         )
 
 

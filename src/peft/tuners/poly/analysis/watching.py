@@ -110,8 +110,7 @@ class RoutingWatch:
                 f"After {step} steps all tasks still mix their skills alike: the routing has "
                 "hardly moved. The paper's learning rate for it is a hundred times that of the "
                 "skills; give it one of its own with `peft.optimizers.create_optimizer(model)`, or "
-                "in a Trainer with "
-                "`optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
+                "in a Trainer with `optimizer_cls_and_kwargs=peft.optimizers.trainer_optimizer()`.",
             )
         return values
 
