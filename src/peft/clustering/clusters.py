@@ -19,9 +19,10 @@ from ..base.progress import track
 from ..base.validation import at_least, choice
 from ..checkpoint.files import write_report
 from ..checkpoint.paths import as_folder
+from ..core.conversion import write_conversion
 from ..ops.clustering import Partition, cut_tree, inertia, k_means, linkage, silhouettes
 from ..ops.similarity import distances
-from ..tuners.poly.conversion import PolyConversion, write_conversion
+from ..tuners.poly.conversion import PolyConversion
 from . import experts
 from .plotting import plot_similarity
 from .similarity import AdapterSimilarity, adapter_similarity

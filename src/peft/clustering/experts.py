@@ -14,9 +14,10 @@ from ..base.progress import track
 from ..base.suggestions import did_you_mean
 from ..base.validation import is_int, number
 from ..checkpoint.files import write_report
+from ..core.conversion import write_conversion
 from ..core.low_rank_deltas import Deltas
 from ..ops.low_rank import check_rank, weighted_sum
-from ..tuners.lora.conversion import LoraConversion, adapter_from_deltas, write_conversion
+from ..tuners.lora.conversion import LoraConversion, adapter_from_deltas
 from ..tuners.poly.conversion import PolyConversion, inventory_from_deltas
 from .sources import DeltaSource
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import PeftTypeError, PeftValueError
+from ..base.plain_values import JsonObject
 from ..base.suggestions import did_you_mean
 from ..checkpoint.keys import companion_tensors, in_view
 from ..config import TargetedConfig
@@ -16,10 +17,19 @@ from ..integrations.distributed import state_tensors
 
 # Each adapter's tensors by checkpoint key.
 Parts = Mapping[str, Mapping[str, Tensor]]
-
-
 # Values of `heads` in addition to adapters' names. An adapter of such a name takes precedence.
 MEAN, STACK = "mean", "stack"
+
+
+def fields_of(configs: Iterable[TargetedConfig]) -> JsonObject:
+    """Return the fields of a config that name all that some adapters train beside their layers."""
+    every = list(configs)
+    modules = dict.fromkeys(name for config in every for name in config.modules_to_save or ())
+    rows = [c.trainable_token_indices for c in every if c.trainable_token_indices]
+    return {
+        "modules_to_save": list(modules) or None,
+        "trainable_token_indices": rows[0] if rows else None,
+    }
 
 
 def collect(model: nn.Module, configs: Mapping[str, TargetedConfig]) -> Parts:

@@ -269,14 +269,11 @@ def put(
     paths = layers_of(method, request)
     parameters = [name for config in configs for name in config.target_parameters or ()]
     modules = [path for path, layer in paths.items() if not _is_of(layer, path, parameters)]
-    whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    rows = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
     changes: JsonObject = {
         "inference_mode": False,
         **exact_targets(model.model, modules),
-        "modules_to_save": list(whole) or None,
-        "trainable_token_indices": rows[0] if rows else None,
+        **combined_heads.fields_of(configs),
         **dict.fromkeys(limits),
     }
     config = replace(combined.config, **changes)

@@ -4,20 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
-from ..base.errors import PeftValueError, UnsupportedModuleError
+from ..base.errors import PeftError, PeftValueError, UnsupportedModuleError
 from ..base.tables import alike, table
 from ..base.validation import check_adapter
+from ..checkpoint.files import write_adapter
 from ..config import PeftConfig
 from .adapter_choice import active_in, adapter_meant
 from .combining import outer_path
 from .layer import BaseTunerLayer
 from .model_methods import tuner_of
+from .skeleton import base_class_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -103,6 +108,24 @@ def layers_with(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, BaseT
                     "first."
                 )
             yield outer_path(path), module
+
+
+@contextmanager
+def naming_layer(path: str) -> Iterator[None]:
+    """Context whose errors begin with a layer's path."""
+    try:
+        yield
+    except PeftError as error:
+        raise type(error)(f"`{path}`: {error}") from None
+
+
+def write_conversion(folder: Path, model: nn.Module, converted: Conversion[C]) -> None:
+    """Write a conversion as `save_pretrained` writes an adapter."""
+    config, state = converted
+    root, prefix = root_of(model)
+    state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
+    text = replace(config, inference_mode=True).to_json(base_class_of(root, config))
+    write_adapter(folder, state, text)
 
 
 def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:

@@ -32,7 +32,7 @@ from ..checkpoint.hub import HubOptions, only_hub_options
 from ..config import PeftConfig, TargetedConfig
 from ..ops.low_rank import Deltas as Deltas
 from . import plan as _plan
-from .conversion import check_convertible, config_of, layers_with, root_of
+from .conversion import check_convertible, config_of, layers_with, naming_layer, root_of
 from .filling import CheckpointFill
 from .injection import Build, Construction, build_adapter
 from .layer import BaseTunerLayer
@@ -197,10 +197,8 @@ def _deltas(
 ) -> Deltas:
     deltas = {}
     for path, layer in layers.items():
-        try:
+        with naming_layer(path):
             found = layer.low_rank_factors(adapter_name, None, **options)
-        except PeftError as error:
-            raise type(error)(f"`{path}`: {error}") from None
         A, B = (tensor.detach().to(device, copy=True) for tensor in (found.A, found.B))
         deltas[path] = found._replace(A=A, B=B)
     return deltas

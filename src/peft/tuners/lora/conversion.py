@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base.calls.running import holds
-from ...base.constants import MODEL_ROOT
-from ...base.errors import PeftError, PeftNotSupportedError, PeftValueError, warn
+from ...base.errors import PeftNotSupportedError, PeftValueError, warn
 from ...base.progress import track
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ...base.validation import number
-from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...checkpoint.state_dict import get_peft_model_state_dict
 from ...config import TargetedConfig
@@ -37,10 +34,12 @@ from ...core.conversion import (
     config_of,
     layers_with,
     name_of,
+    naming_layer,
     root_of,
-)
+    write_conversion,
+)  # fmt: skip
 from ...core.layer import BaseTunerLayer
-from ...core.skeleton import base_class_of, exact_targets
+from ...core.skeleton import exact_targets
 from ...ops.low_rank import LowRank, approximate, check_rank, cut, product_svd, total_error
 from .base import lora_tensors
 from .config import LoraConfig
@@ -134,9 +133,8 @@ def convert_to_lora(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter; there is no need "
             "to, but for another rank."
         )
-    options = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).conversion_options(
-        config, task_id=task_id
-    )
+    tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
+    options = tuner_cls.conversion_options(config, task_id=task_id)
     return _convert(model, config, adapter_name, rank, [options], progressbar)[0]
 
 
@@ -219,9 +217,8 @@ def save_tasks_as_lora(
     for begin in track(begins, "Converting tasks to LoRA", unit="group", wanted=wanted):
         some = names[begin : begin + _TASKS_AT_ONCE]
         options = [tuner_cls.conversion_options(config, task_id=chosen[name]) for name in some]
-        for name, converted in zip(
-            some, _convert(model, config, adapter_name, rank, options, progressbar), strict=True
-        ):
+        made = _convert(model, config, adapter_name, rank, options, progressbar)
+        for name, converted in zip(some, made, strict=True):
             write_conversion(parent / name, model, converted)
             errors[name] = converted.error
     return errors
@@ -273,17 +270,10 @@ def _convert(
     tensors: list[dict[str, Tensor]] = [{} for _ in views]
     for path, layer in track(layers.items(), "Converting to LoRA", wanted=progressbar):
         for part, state, options in zip(parts, tensors, views, strict=True):
-            try:
-                factors = _factors(layer, adapter_name, rank, options)
-            except PeftError as error:
-                raise type(error)(f"`{path}`: {error}") from None
-            part[path] = factors
-            state |= {
-                f"{prefix}{path}.{name}": tensor
-                for name, tensor in lora_tensors(
-                    layer, factors.A.detach(), factors.B.detach()
-                ).items()
-            }
+            with naming_layer(path):
+                part[path] = factors = _factors(layer, adapter_name, rank, options)
+            own = lora_tensors(layer, factors.A.detach(), factors.B.detach())
+            state |= {f"{prefix}{path}.{name}": tensor for name, tensor in own.items()}
     companions = _companions(model, config, adapter_name)
     return [
         LoraConversion.of(
@@ -320,25 +310,19 @@ def _blend(
     companions = combined_heads.combine(combined_heads.collect(root, configs), heads, weights)
     state = {prefix + key: tensor for key, tensor in companions.items()}
     for path, having in track(layers.items(), "Converting to LoRA", wanted=progressbar):
-        try:
+        with naming_layer(path):
             deltas = [
                 (weights[name], layer.low_rank_factors(name, None, **options[name]))
                 for name, layer in having.items()
             ]
             layer = next(iter(having.values()))
             parts[path] = part = _summed(deltas, getattr(layer.get_base_layer(), "groups", 1), rank)
-        except PeftError as error:
-            raise type(error)(f"`{path}`: {error}") from None
         tensors = lora_tensors(layer, part.A.detach(), part.B.detach())
         state |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
     firsts = {path: next(iter(having.values())) for path, having in layers.items()}
-    to_save = dict.fromkeys(m for config in configs.values() for m in config.modules_to_save or ())
-    tokens = [c.trainable_token_indices for c in configs.values() if c.trainable_token_indices]
-    config = replace(
-        _lora_config(root, next(iter(configs.values())), firsts, parts, isinstance(rank, float)),
-        modules_to_save=list(to_save) or None,
-        trainable_token_indices=tokens[0] if tokens else None,
-    )
+    first, by_energy = next(iter(configs.values())), isinstance(rank, float)
+    config = _lora_config(root, first, firsts, parts, by_energy)
+    config = replace(config, **combined_heads.fields_of(configs.values()))
     return LoraConversion.of(config, state, parts)
 
 
@@ -450,6 +434,7 @@ def _lora_config(
     ranks = {path: part.rank for path, part in parts.items()}
     r = 1 if by_energy else max(ranks.values())
     pattern = _targets.patterns(ranks, None if by_energy else r)
+    sizes = map(geometry, layers.values())
     return LoraConfig(
         r=r,
         lora_alpha=r,
@@ -460,20 +445,9 @@ def _lora_config(
         trainable_token_indices=config.trainable_token_indices,
         ensure_weight_tying=tying.is_wanted(config),
         bias=_BIASES.get(config.trained_biases, "lora_only"),
-        fan_in_fan_out=any(
-            getattr(geometry(layer), "transposed", False) for layer in layers.values()
-        ),
+        fan_in_fan_out=any(getattr(size, "transposed", False) for size in sizes),
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
     )
-
-
-def write_conversion(folder: Path, model: nn.Module, converted: LoraConversion) -> None:
-    """Write a conversion as `save_pretrained` writes an adapter."""
-    config, state = converted
-    root, prefix = root_of(model)
-    state = {key if prefix else MODEL_ROOT + key: tensor for key, tensor in state.items()}
-    text = replace(config, inference_mode=True).to_json(base_class_of(root, config))
-    write_adapter(folder, state, text)

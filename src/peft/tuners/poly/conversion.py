@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from numbers import Real
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base.calls.running import holds
-from ...base.constants import MODEL_ROOT
 from ...base.errors import (
-    PeftError,
     PeftNotSupportedError,
     PeftTypeError,
     PeftValueError,
@@ -24,13 +20,20 @@ from ...base.errors import (
 )
 from ...base.progress import track
 from ...base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ...checkpoint.files import write_adapter
 from ...checkpoint.paths import as_folder
 from ...config import TargetedConfig, is_int
 from ...core import combined_heads
 from ...core.base_layer import innermost, is_linear
-from ...core.conversion import Conversion, check_convertible, config_of, layers_with, root_of
-from ...core.skeleton import base_class_of, exact_targets
+from ...core.conversion import (
+    Conversion,
+    check_convertible,
+    config_of,
+    layers_with,
+    naming_layer,
+    root_of,
+    write_conversion,
+)  # fmt: skip
+from ...core.skeleton import exact_targets
 from ...ops.low_rank import LowRank, total_error
 from .config import PolyConfig
 from .data.labels import TaskLabels
@@ -202,16 +205,6 @@ def save_as_poly(
     return converted
 
 
-def write_conversion(folder: Path, model: nn.Module, converted: PolyConversion) -> None:
-    """Write a conversion as `save_pretrained` writes an adapter."""
-    root, prefix = root_of(model)
-    state = {
-        key if prefix else MODEL_ROOT + key: tensor for key, tensor in converted.state_dict.items()
-    }
-    config = replace(converted.config, inference_mode=True)
-    write_adapter(folder, state, config.to_json(base_class_of(root, config)))
-
-
 def _tasks_by_adapter(adapters: object) -> dict[str, str]:
     """Return the name of each adapter's task."""
     if isinstance(adapters, str) or not isinstance(adapters, Iterable):
@@ -269,16 +262,13 @@ def _poly_config(
     r: int,
 ) -> PolyConfig:
     """Return the config of the Poly adapter for some layers of a base model."""
-    to_save = dict.fromkeys(m for config in configs for m in config.modules_to_save or ())
-    tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     return PolyConfig(
         r=r,
         alpha=float(r),
         n_tasks=len(task_names),
         n_skills=n_skills,
         task_names=task_names,
-        modules_to_save=list(to_save) or None,
-        trainable_token_indices=tokens[0] if tokens else None,
+        **combined_heads.fields_of(configs),
         **exact_targets(root, paths),
         task_type=configs[0].task_type,
         auto_mapping=configs[0].auto_mapping,
@@ -349,10 +339,8 @@ def _low_rank_deltas(
     result = {}
     for path, layer in layers.items():
         _check_linear(layer, path)
-        try:
+        with naming_layer(path):
             result[path] = layer.low_rank_factors(name, rank, **options)
-        except PeftError as error:
-            raise type(error)(f"`{path}`: {error}") from None
     return result
 
 
