@@ -109,6 +109,12 @@ def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
     return None
 
 
+def adapted_module(module: nn.Module, layer_cls: type[nn.Module]) -> nn.Module:
+    """Return the module that a layer of a class adapts here, or would adapt."""
+    layer = layer_of(module, layer_cls)
+    return module if layer is None else layer.get_submodule("base_layer")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is transformers' `Conv1D`, without importing transformers."""
     library = sys.modules.get("transformers.pytorch_utils")

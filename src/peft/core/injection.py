@@ -29,7 +29,7 @@ from ..config import TargetedConfig
 from . import moe_tokens, tying
 from .adapters import AdapterParameterDict, adopt, make_room
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from .base_layer import layer_of
+from .base_layer import adapted_module, layer_of
 from .fused_paths import avoid_fused_paths
 from .layer import BaseTunerLayer
 from .parameter_layer import ParameterLayer
@@ -220,17 +220,15 @@ def build_adapter(method: AdapterMethod[C], plan: Plan[C], construction: Constru
     first = next(iter(plan.bases()), method.model)
     build.shared = method.build_shared_parameters(build, *construction.place(first))
     for path, module in track(plan.targets.items(), "Making the adapter"):
-        existing = layer_of(module, method.tuner_layer_cls)
-        base = module if existing is None else existing.base_layer
+        base = adapted_module(module, method.tuner_layer_cls)
         layer_cls = method.tuner_layer_class(plan.config, base)
         assert layer_cls is not None  # the plan checked it
         place, initialize = construction.place(base)
         options = method.tuner_layer_options(plan.config, path, build)
         make: Callable[..., BaseTunerLayer] = layer_cls
-        layer = make(
+        build.layers[path] = make(
             base, plan.adapter_name, plan.config, placement=place, initialize=initialize, **options
         )
-        build.layers[path] = layer
     _build_parameter_layers(method, plan, construction, build)
     for _, layer in build.all_layers():
         _check_layer(layer, plan.adapter_name, method.shared_parameter_names)
@@ -290,11 +288,8 @@ def _containers(method: AdapterMethod[C]) -> dict[str, AdapterParameterDict]:
 
 def _trainable_copy(path: str, module: nn.Module) -> nn.Module:
     """Return a trainable copy of a module without adapters; raise if some are merged into it."""
-    inside = [
-        layer
-        for _, layer in walk(module, closed=(BaseTunerLayer,))
-        if isinstance(layer, BaseTunerLayer)
-    ]
+    every = walk(module, closed=(BaseTunerLayer,))
+    inside = [layer for _, layer in every if isinstance(layer, BaseTunerLayer)]
     if any(layer.merged for layer in inside):
         raise PeftValueError(
             f"`{path}`: adapters are merged into it; call `unmerge_adapter` before one trains a "

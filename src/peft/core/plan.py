@@ -228,24 +228,16 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     A shared module is listed under each path. The inside of adapted layers and the modules that
     compute a weight are left out.
     """
-    modules = walk(
-        model, repeated=True, closed=(BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
-    )
-    return {
-        path: module
-        for path, module in modules
-        if path and not isinstance(module, (AdapterContainer, ParametrizationList))
-    }
+    closed = (BaseTunerLayer, AuxiliaryTrainingWrapper, ParametrizationList)
+    modules = walk(model, repeated=True, closed=closed)
+    inside = (AdapterContainer, ParametrizationList)
+    return {path: m for path, m in modules if path and not isinstance(m, inside)}
 
 
 def _pattern_fields(config: PeftConfig) -> dict[str, dict[str, object]]:
     """Return the config's dictionaries whose keys are patterns of module names, by field."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: value
-        for name, value in values.items()
-        if name.endswith("_pattern") and isinstance(value, dict)
-    }
+    names = [item.name for item in fields(config) if item.name.endswith("_pattern")]
+    return {name: v for name in names if isinstance(v := getattr(config, name), dict)}
 
 
 def _below(path: str, outer: str) -> bool:
@@ -287,10 +279,10 @@ def _targeted(
             return []
         if defaults is None:
             there = unmatched_names.counted_names(_adaptable(tuner, config, modules))
+            more = f" Modules that can be adapted are called {there}." if there else ""
             raise PeftValueError(
                 "Please specify `target_modules` in `peft_config`: none are known for model type "
-                f"{kind!r}."
-                + (f" Modules that can be adapted are called {there}." if there else "")
+                f"{kind!r}.{more}"
             )
         # Keep the default names that this model has.
         present = (
@@ -307,15 +299,10 @@ def _targeted(
         )
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         linear = all_linear(tuner.model, modules)
-        config.target_modules = set(
-            _targets.select(linear, set(linear) or {""}, config.exclude_modules)
-        )
-    paths = _targets.select(
-        modules,
-        config.target_modules,
-        config.exclude_modules,
-        *unmatched_names.layer_choice(config),
-    )
+        chosen = _targets.select(linear, set(linear) or {""}, config.exclude_modules)
+        config.target_modules = set(chosen)
+    layers = unmatched_names.layer_choice(config)
+    paths = _targets.select(modules, config.target_modules, config.exclude_modules, *layers)
     if not paths and config.target_modules != DUMMY_TARGET_MODULES:
         _raise_unmatched(tuner, config, modules, whole)
     return paths
@@ -352,15 +339,9 @@ def _raise_unmatched(
 
 def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of the modules that a method can adapt."""
-    bases = {
-        path: (base_layer.layer_of(module, tuner.tuner_layer_cls), module)
-        for path, module in modules.items()
-    }
-    return [
-        p
-        for p, (layer, m) in bases.items()
-        if tuner.tuner_layer_class(config, layer.base_layer if layer else m) is not None
-    ]
+    kind = tuner.tuner_layer_cls
+    bases = {path: base_layer.adapted_module(module, kind) for path, module in modules.items()}
+    return [path for path, base in bases.items() if tuner.tuner_layer_class(config, base)]
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -406,11 +387,8 @@ def _saved(
             "of this model."
             + (f" It has some for {', '.join(sorted(saved)[:3])}." if saved else "")
         )
-    targets = (
-        config.target_modules
-        or tuner.default_target_modules.get(model_type(tuner.model) or "")
-        or ()
-    )
+    defaults = tuner.default_target_modules.get(model_type(tuner.model) or "")
+    targets = config.target_modules or defaults or ()
     if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         targets = all_linear(tuner.model, modules)
     meant = _targets.select(
@@ -448,8 +426,7 @@ def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
     unsupported, misfits = [], []
     kind = model_type(tuner.model)
     for path, module in plan.targets.items():
-        existing = base_layer.layer_of(module, tuner.tuner_layer_cls)
-        base = module if existing is None else existing.base_layer
+        base = base_layer.adapted_module(module, tuner.tuner_layer_cls)
         parent, _, name = get_submodules(tuner.model, path)
         reason = unfit_reason(parent, name, kind)
         if reason:
