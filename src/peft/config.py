@@ -398,8 +398,8 @@ class TargetedConfig(PeftConfig):
     documented order.
     """
 
-    target_modules: list[str] | set[str] | str | None
-    exclude_modules: list[str] | set[str] | str | None
+    target_modules: list[str] | str | set[str] | None
+    exclude_modules: list[str] | str | set[str] | None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None

@@ -27,6 +27,7 @@ from transformers import (  # noqa: E402
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    HfArgumentParser,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -690,3 +691,27 @@ def test_signatures_come_and_go_with_the_adapter():
     assert "forward" not in vars(base) and "generate" not in vars(base)
     torch.manual_seed(0)
     assert torch.equal(base(input_ids=ids).logits, llama()(input_ids=ids).logits)
+
+
+def test_a_config_is_made_of_a_command_line():
+    """Of Hugging Face PEFT's configs it is this one that makes options too."""
+    parser = HfArgumentParser(PolyConfig)
+    assert parser.parse_args_into_dataclasses([])[0] == PolyConfig()
+    line = (
+        "--r 2 --n_tasks 2 --task_names sum max --target_modules .*proj --no_relaxed_bernoulli "
+        "--router_granularity block --alpha 3 --trainable_token_indices 5 7 --eval_top_k 1"
+    )
+    assert parser.parse_args_into_dataclasses(line.split())[0] == PolyConfig(
+        r=2,
+        n_tasks=2,
+        task_names=["sum", "max"],
+        target_modules=".*proj",
+        relaxed_bernoulli=False,
+        router_granularity="block",
+        alpha=3.0,
+        trainable_token_indices=[5, 7],
+        eval_top_k=1,
+    )
+    fields = {"n_tasks": 2, "trainable_token_indices": {"embed": [3]}, "rank_pattern": {"v": 4}}
+    assert parser.parse_dict(fields)[0] == PolyConfig(**fields)
+    assert "--routing {learned,fixed}" in parser.format_help()

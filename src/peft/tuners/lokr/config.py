@@ -100,8 +100,8 @@ class LoKrConfig(LycorisConfig):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | str | set[str] | None = None
+    exclude_modules: list[str] | str | set[str] | None = None
     init_weights: bool | Literal["lycoris"] = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

@@ -173,8 +173,8 @@ class LoraConfig(TargetedConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | str | set[str] | None = None
+    exclude_modules: list[str] | str | set[str] | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False

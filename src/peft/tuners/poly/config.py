@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
@@ -23,6 +23,11 @@ from ...config import (
 )
 from ...core import targets as _targets
 from ...core.routing.task_ids import name_offences
+
+if TYPE_CHECKING:
+    TokenIndices: TypeAlias = list[int] | dict[str, list[int]]
+else:  # transformers' HfArgumentParser makes options of fields that have one type
+    TokenIndices = list[int]
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 # Fields with a value for each layer, by the field that holds their patterns.
@@ -97,8 +102,8 @@ class PolyConfig(TargetedConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | str | set[str] | None = None
+    exclude_modules: list[str] | str | set[str] | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     poly_type: Literal["poly", "mope"] = "poly"
@@ -107,7 +112,7 @@ class PolyConfig(TargetedConfig):
     n_splits: int = 1
     task_names: list[str] | None = None
     routing_level: Literal["sample", "token"] = "sample"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     target_parameters: list[str] | None = None
 
     alpha: float = 1.0

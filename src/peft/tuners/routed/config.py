@@ -85,8 +85,8 @@ class RoutedConfig(TargetedConfig):
     general_subtraction: Literal["deltas", "factors"] = "deltas"
     deltas_only: bool = False
     save_experts: bool = False
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | str | set[str] | None = None
+    exclude_modules: list[str] | str | set[str] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers_to_transform: list[int] | int | None = None

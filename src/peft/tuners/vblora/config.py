@@ -82,8 +82,8 @@ class VBLoRAConfig(TargetedConfig):
     num_vectors: int = 256
     vector_length: int = 256
     topk: int = 2
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | str | set[str] | None = None
+    exclude_modules: list[str] | str | set[str] | None = None
     save_only_topk_weights: bool = False
     vblora_dropout: float = 0.0
     fan_in_fan_out: bool = False
