@@ -220,7 +220,10 @@ def test_bench(run):
         ("convert LOKR x --to lora --rank 99", "rank 99 is larger than the weight"),
         ("convert LOKR broken.safetensors/x --to lora", "'broken.safetensors' is a file"),
         ("convert broken.safetensors x --to lora", "not a readable weights file"),
-        ("convert LORA x.safetensors --to kohya", "of LoKr"),
+        (
+            "convert LORA x.safetensors --to kohya",
+            "'LORA' is a LORA adapter, and `--to kohya` writes files of LoKr only",
+        ),
         ("extract LOKR nowhere x", "there is no folder 'nowhere'"),
         ("merge LOKR taken --base base", "'taken' exists already; `--force` replaces it"),
         ("merge LOKR LORA --base base --force", "without 'config.json', and is not replaced"),

@@ -12,6 +12,8 @@ import click
 import torch
 from torch import nn
 
+from ..base.errors import PeftNotSupportedError
+from ..base.registry import PeftType
 from ..core.low_rank_deltas import SavedAdapter
 from ..peft_model import PeftModel
 from ..standalone import load_standalone
@@ -127,6 +129,7 @@ def convert(
         result.errors, result.error = converted.errors, converted.error
         _save(load_standalone(converted), output, dtype_of(dtype))
     else:
+        _check_lokr(loaded, sources[0], target)
         save_lokr_file(
             loaded,
             output,
@@ -146,6 +149,16 @@ def _opened(
     if not os.path.isfile(source):
         return source
     return read_lokr_adapter(source, make_host(), component)
+
+
+def _check_lokr(model: PeftModel, source: str, target: str) -> None:
+    """Raise for an adapter of another method, of which there are no files for other programs."""
+    method = PeftType(model.active_peft_config.peft_type)
+    if method is not PeftType.LOKR:
+        raise PeftNotSupportedError(
+            f"'{source}' is a {method.value} adapter, and `--to {target}` writes files of LoKr "
+            "only; `--to folder` and `--to lora` write folders."
+        )
 
 
 def _save(model: PeftModel, output: str, dtype: torch.dtype | None) -> None:
