@@ -166,6 +166,20 @@ def test_targets_that_mean_nothing_get_names_that_fit(kind, method):
     )
 
 
+@pytest.mark.parametrize("name", ["out_pro", "q_proj", "in_proj"])
+def test_the_parts_of_a_packed_attention_are_not_suggested(name, method):
+    """`out_proj` lies inside, and only the whole module can be adapted."""
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "ff": nn.Linear(8, 8)})
+    with pytest.raises(peft.NoMatchingPeftModuleError) as caught:
+        get_peft_model(base, method.config(target_modules=[name]))
+    assert str(caught.value).endswith("Modules that can be adapted are called 'attention', 'ff'.")
+    assert "Did you mean" not in str(caught.value)
+    _, messages = said(
+        lambda: get_peft_model(base, method.config(target_modules=["attention", name]))
+    )
+    assert len(messages) == 1 and "did you mean" not in messages[0]
+
+
 def test_other_reasons_why_nothing_is_adapted(method):
     with pytest.raises(
         peft.NoMatchingPeftModuleError, match=r"No modules were targeted .* Did you mean 'q_proj'\?"

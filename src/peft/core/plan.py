@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -171,7 +172,7 @@ def make(
             tuner.model, plan.parameters, plan.targets, plan.places
         )
     if is_new and not state_dict:
-        unmatched_names.warn_of_unused(config, modules)
+        unmatched_names.warn_of_unused(config, modules, partial(_adaptable, tuner, config, modules))
     unmatched_names.warn_of_patterns(
         _pattern_fields(config),
         [*plan.targets, *(target.pattern_path for target in plan.parameters)],
@@ -339,9 +340,22 @@ def _raise_unmatched(
 
 def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of the modules that a method can adapt."""
-    kind = tuner.tuner_layer_cls
-    bases = {path: base_layer.adapted_module(module, kind) for path, module in modules.items()}
-    return [path for path, base in bases.items() if tuner.tuner_layer_class(config, base)]
+    paths = []
+    for path, module in modules.items():
+        if parameter_targets.is_packed(module):
+            fits = tuner.parameter_layer_cls is not None
+        else:
+            base = base_layer.adapted_module(module, tuner.tuner_layer_cls)
+            kind = tuner.tuner_layer_class(config, base)
+            fits = kind is not None and not _unfit_reason(tuner.model, path)
+        paths += [path] if fits else []
+    return paths
+
+
+def _unfit_reason(model: nn.Module, path: str) -> str | None:
+    """Return the reason why the module at `path` can't have an adapter, None if it can."""
+    parent, _, name = get_submodules(model, path)
+    return unfit_reason(parent, name, model_type(model))
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -358,9 +372,7 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
         own = {id(module), id(base_layer.innermost(module))}
         if not base_layer.is_linear(module) or heads & own:
             continue
-        parent, _, name = get_submodules(model, path)
-        reason = unfit_reason(parent, name, model_type(model))
-        if reason:
+        if reason := _unfit_reason(model, path):
             warn(f"'all-linear' leaves out `{path}`: {reason}.")
         else:
             paths.append(path)
@@ -424,12 +436,9 @@ def _check_parameters(tuner: TargetRules[C], plan: Plan[C]) -> None:
 def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
     """Check that every targeted module can be adapted as configured; errors name all."""
     unsupported, misfits = [], []
-    kind = model_type(tuner.model)
     for path, module in plan.targets.items():
         base = base_layer.adapted_module(module, tuner.tuner_layer_cls)
-        parent, _, name = get_submodules(tuner.model, path)
-        reason = unfit_reason(parent, name, kind)
-        if reason:
+        if reason := _unfit_reason(tuner.model, path):
             unsupported.append(f"`{path}`: {reason}.")
         elif twice := parameter_targets.check_not_parameters(path, module):
             unsupported.append(twice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
@@ -120,11 +120,7 @@ def what_there_is(
         text = " A string is a regular expression for the whole path of a module"
         text += f"{hint if listed else ''}."
         words = [name for name in _words(targets) if name not in listed]
-    near = [
-        match
-        for name in words
-        for match in near_modules(name, adaptable) or near_modules(name, paths)
-    ]
+    near = [match for name in words for match in near_modules(name, adaptable)]
     text += f" Did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
     if adaptable:
         text += f" Modules that can be adapted are called {counted_names(adaptable)}."
@@ -136,8 +132,12 @@ def layer_choice(config: TargetedConfig) -> tuple[LayerIndices, LayerLists]:
     return getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
 
 
-def warn_of_unused(config: TargetedConfig, paths: Collection[str]) -> None:
-    """Warn of names and layer indices in a config that match none of a model's module `paths`."""
+def warn_of_unused(
+    config: TargetedConfig, paths: Collection[str], adaptable: Callable[[], Collection[str]]
+) -> None:
+    """Warn of names and layer indices in a config that match none of a model's module `paths`; for
+    targets suggest `adaptable` ones.
+    """
     for field, effect in (
         ("target_modules", "adapts"),
         ("exclude_modules", "excludes"),
@@ -157,14 +157,15 @@ def warn_of_unused(config: TargetedConfig, paths: Collection[str]) -> None:
                 PeftWarning,
             )
         elif idle:
+            choices = adaptable() if field == "target_modules" else paths
             only = "."
             if 0 < len(rest) <= _FEW:
                 only = f"; it {effect} {', '.join(map(repr, rest))} only."
-            if not rest and not any(near_modules(name, paths) for name in idle):
+            if not rest and not any(near_modules(name, choices) for name in idle):
                 outermost = counted_names(path for path in paths if "." not in path)
                 only += f" Its outermost modules are {outermost}."
             warn(
-                f"`{field}` names {with_near_misses(idle, paths)}: the model has no such "
+                f"`{field}` names {with_near_misses(idle, choices)}: the model has no such "
                 f"module{only}{_if_expressions(idle)}",
                 PeftWarning,
             )
