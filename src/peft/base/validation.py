@@ -63,7 +63,9 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> Iterator[str]
     """Require one of `allowed`."""
     allowed = list(allowed)
     strings = [option for option in allowed if isinstance(option, str)]
-    if value not in strings and not any(value is option for option in allowed):
+    if value not in strings and not any(
+        type(value) is type(option) and value == option for option in allowed
+    ):
         listed = ", ".join(map(repr, allowed))
         yield f"`{name}`={value!r} must be one of {listed}.{did_you_mean(str(value), strings)}"
 

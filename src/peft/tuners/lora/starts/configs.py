@@ -58,7 +58,7 @@ class LoftQConfig(StartConfig):
     loftq_iter: int = field(default=1, metadata={"help": "Turns of quantizing and factorizing."})
 
     def _problems(self) -> Iterator[str]:
-        yield from choice("loftq_bits", str(self.loftq_bits), ("4", "8"))
+        yield from choice("loftq_bits", self.loftq_bits, (4, 8))
         yield from at_least("loftq_iter", self.loftq_iter)
 
 
