@@ -136,6 +136,8 @@ MODELS = [
     ),
     ({"target_modules": ["0"]}, "a.b", ValueError, "'a.b' must be a non-empty string without dots"),
     ({"target_modules": ["0"]}, "keys", ValueError, "'keys' is an attribute of torch's containers"),
+    ({"target_modules": ["0"]}, "users/" + "é" * 128, ValueError, "at most 255 bytes"),
+    ({"target_modules": ["0"]}, "a\0b", ValueError, "none of them zero"),
 ]
 
 

@@ -274,7 +274,9 @@ def test_an_adapter_is_named_by_one_string(call, tmp_path):
     assert_same(before, model, folder=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a b", "ü", "0", "lokr", "model", "weight", "base_layer", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["a b", "ü" * 127, "0", "lokr", "model", "weight", "base_layer", "a/b"]
+)
 def test_odd_adapter_names_work_everywhere(method, tmp_path, name):
     x = torch.randn(3, 8)
     model = get_peft_model(
@@ -527,10 +529,24 @@ def test_an_adapter_without_values_is_neither_run_nor_merged():
     config = peft.LoraConfig(target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
     weight = model.base_model.model[0].weight.clone()
-    for work in (lambda: model(torch.ones(2, 8)), model.merge_adapter, model.merge_and_unload):
+    for work in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(peft.PeftError, match="on the meta device and has no values yet"):
             work()
     assert torch.equal(model.base_model.model[0].weight, weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_forward_adds_memory_without_values(method, training):
+    """Torch multiplies by tensors on the meta device, and returns memory as it was."""
+    bases = [(nn.Linear(8, 8), (2, 8)), (nn.Linear(8, 8), (8,))]
+    if method.config_cls in (peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig):
+        bases += [(nn.Conv1d(2, 2, 3), (2, 2, 4)), (nn.Conv2d(2, 2, 3), (2, 2, 4, 4))]
+    for base, shape in bases:
+        config = method.config(target_modules=["0"])
+        model = get_peft_model(nn.Sequential(base), config, low_cpu_mem_usage=True).train(training)
+        with pytest.raises(peft.PeftError, match="on the meta device and has no values yet"):
+            model(torch.ones(shape), **method.call)
+        assert model.to("meta")(torch.ones(shape, device="meta"), **method.call).is_meta
 
 
 def test_no_active_adapter_has_no_active_config():

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .errors import PeftRuntimeError
+
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
@@ -29,6 +31,17 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def check_values(factor: Tensor, x: Tensor) -> None:
+    """Raise `PeftRuntimeError` if a factor is on the meta device and the input that it is applied
+    to is not: torch would return memory that nothing was written to.
+    """
+    if factor.is_meta and not x.is_meta:
+        raise PeftRuntimeError(
+            "The adapter is on the meta device and has no values yet: load a checkpoint into it, "
+            "or run the function that initializes it."
+        )
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:

@@ -11,6 +11,9 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.validation import check_adapter
 from .adapters import AdapterParameterDict
 
+# Bytes of a name in the common file systems.
+_LONGEST = 255
+
 
 def check_name(name: str, taken: Collection[str]) -> None:
     """Check that an adapter can have a name.
@@ -32,6 +35,13 @@ def check_name(name: str, taken: Collection[str]) -> None:
     if name.startswith(("/", "\\")):
         raise PeftValueError(
             f"The adapter's name {name!r} must not be an absolute path: it becomes a folder's name."
+        )
+    sizes = [len(part.encode(errors="surrogatepass")) for part in name.split("/")]
+    if "\0" in name or max(sizes) > _LONGEST:
+        shown = name if len(name) <= _LONGEST else f"{name[:20]}…"
+        raise PeftValueError(
+            f"The adapter's name {shown!r} can't be that of a folder, which has at most {_LONGEST} "
+            "bytes, none of them zero; choose another."
         )
     if hasattr(AdapterParameterDict(), name) or hasattr(AdapterModuleDict(), name):
         raise PeftValueError(

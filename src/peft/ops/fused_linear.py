@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.errors import PeftRuntimeError
+from ..base.tensors import check_values
 from . import mixed_precision
 from .derivatives import gradients_again
 from .dispatch import is_batched, owns_output, shapes
@@ -80,6 +80,7 @@ class Chain(NamedTuple):
 
     def delta(self) -> Tensor:
         """Return the delta; its elements are in the output's order, but its shape may differ."""
+        check_values(self.factors[-1], self.x)
         ends = self.middle(_first_product(self.x, self.down), *self.factors)
         return ends if isinstance(ends, Tensor) else scaled(ends.p, self.scale) @ ends.up
 
@@ -125,14 +126,8 @@ def add_product(
 
 
 def _checked(chain: Chain) -> Chain:
-    """Return a chain with a number as scale; raise for factors on the meta device: their products
-    have no values, and torch adds them.
-    """
-    if chain.factors[-1].is_meta:
-        raise PeftRuntimeError(
-            "The adapter is on the meta device and has no values yet: load a checkpoint into it, "
-            "or run the function that initializes it."
-        )
+    """Return a chain with a number as scale; raise for factors without values."""
+    check_values(chain.factors[-1], chain.x)
     scale = chain.scale
     if not isinstance(scale, Tensor):
         return chain

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement, columns
+from ...base.tensors import check_values
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
 from ...core.method_info import AdapterCost, low_rank_cost
@@ -125,6 +126,7 @@ class LoHaLayer(LycorisLayer):
     def product(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `ΔW x`, by factors of rank `r²` or the dense product, whichever is cheaper."""
         factors, scale, size = self.factors(adapter_name), self.scaling[adapter_name], self.geometry
+        check_values(factors.w1_a, x)
         x = self._cast_input_dtype(x, factors.w1_a.dtype)
         if not size.is_conv:
             return hadamard_linear(x, factors, scale)

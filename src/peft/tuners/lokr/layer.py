@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Geometry, Placement
+from ...base.tensors import check_values
 from ...core import dora
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
@@ -206,6 +207,7 @@ class LoKrLayer(LycorisLayer):
     def product(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `ΔW x`, without building ΔW."""
         factors, scale = self.factors(adapter_name), self.scale(adapter_name)
+        check_values(next(factor for factor in factors if factor is not None), x)
         x, size = self._cast_input_dtype(x, factors.dtype), self.geometry
         if not size.is_conv:
             return self._own_rows(adapter_name, kronecker_linear(x, factors, scale), -1)

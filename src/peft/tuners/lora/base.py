@@ -18,6 +18,7 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError
 from ...base.geometry import Placement
 from ...base.modules import on_accelerator
+from ...base.tensors import check_values
 from ...checkpoint.rank_padding import RankPadding
 from ...core import dora
 from ...core.adapters import AdapterParameterDict
@@ -25,6 +26,7 @@ from ...core.base_layer import geometry, innermost
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
 from ...core.weights import base_weight
+from ...integrations.accelerate import is_offloaded
 from ...integrations.distributed import gathered_tensor
 from ...ops.dispatch import is_autocast
 from ...ops.exact_merge import Recipe, scaled_product
@@ -263,8 +265,10 @@ class LoraLayer(BaseTunerLayer):
 
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the input in the adapter's dtype, after dropout."""
-        weight = self.lora_A[adapter_name].weight
-        x = self._cast_input_dtype(x, weight.dtype)
+        A = self.lora_A[adapter_name]
+        if not (A.weight.is_meta and is_offloaded(A)):
+            check_values(A.weight, x)
+        x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
