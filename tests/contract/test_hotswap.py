@@ -494,6 +494,12 @@ def test_other_shapes_are_an_error_that_names_them(method, tmp_path):
     refused(made(method, 1), tmp_path, f"nothing was changed.*{match}")
 
 
+def test_one_cause_in_all_layers_is_named_once(tmp_path):
+    made(METHODS["POLY"], 2, n_skills=3).save_pretrained(tmp_path)
+    match = r"nothing was changed\. The configs differ in `n_skills` \(3, in the model \d\)\. [^;]*;[^;]*; and \d more\.$"
+    refused(made(METHODS["POLY"], 1), tmp_path, match)
+
+
 def test_more_layers_are_an_error(method, saved):
     refused(
         made(method, 1, target_modules=["0"]),

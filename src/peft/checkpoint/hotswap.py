@@ -294,12 +294,25 @@ class _Swap:
 
     def _raise_problems(self) -> None:
         if self.problems:
-            listed = "; ".join(self.problems[:8]) + (
-                f"; and {len(self.problems) - 8} more" if len(self.problems) > 8 else ""
+            cause = ", ".join(self._other_settings())
+            shown = 2 if cause else 8  # the layers differ by the same cause
+            listed = "; ".join(self.problems[:shown]) + (
+                f"; and {len(self.problems) - shown} more" if len(self.problems) > shown else ""
             )
             raise CheckpointError(
-                f"Adapter {self.adapter.name} can't be swapped; nothing was changed. {listed}."
+                f"Adapter {self.adapter.name} can't be swapped; nothing was changed. "
+                + (f"The configs differ in {cause}. " if cause else "")
+                + f"{listed}."
             )
+
+    def _other_settings(self) -> Iterator[str]:
+        """Yield the fields that affect the delta and differ, short values with both."""
+        known = vars(self.adapter.config)
+        for name, value in vars(self.config).items():
+            if name[0] != "_" and value != known[name] and self.config.affects_output(name):
+                is_short = isinstance(value, (int, float, str))
+                both = f" ({value!r}, in the model {known[name]!r})" if is_short else ""
+                yield f"`{name}`{both}"
 
     def _compare(self, incoming: Mapping[str, Tensor]) -> None:
         """Pair old and new tensors, and collect problems."""

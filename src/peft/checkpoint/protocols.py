@@ -30,6 +30,9 @@ class AdapterConfig(Protocol):
     def validate(self) -> None:
         """Check all fields."""
 
+    def affects_output(self, name: str) -> bool:
+        """Return whether a field changes what a loaded adapter computes."""
+
 
 class AdapterLayer(Protocol):
     """A layer with adapters."""
