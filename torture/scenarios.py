@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peft
 from peft import (
@@ -44,6 +44,27 @@ def base(width: int = 8) -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 8))
 
 
+class Experts(nn.Module):
+    """Experts in stacks `[experts, in, out]`; a token runs through all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.up = nn.Parameter(torch.randn(4, 8, 6))
+            self.down = nn.Parameter(torch.randn(4, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the experts' outputs."""
+        hidden = torch.einsum("ni,eih->enh", x, self.up).tanh()
+        return torch.einsum("enh,eho->no", hidden, self.down)
+
+
+def experts() -> nn.Sequential:
+    """Return the same small mixture of experts each time."""
+    return nn.Sequential(Experts())
+
+
 def config(method: str, scale: int, targets: list[str] = TARGETS) -> peft.PeftConfig:
     """Return a config; others of the method with another scale have the same shapes."""
     common = {"target_modules": targets, "init_weights": False}
@@ -55,12 +76,13 @@ def config(method: str, scale: int, targets: list[str] = TARGETS) -> peft.PeftCo
         return LoHaConfig(r=2, alpha=scale, **common)
     if method == "POLY":
         return PolyConfig(r=2, n_tasks=2, n_skills=2, alpha=scale, **common)
-    if method == "LORA on parameters":
+    if method.startswith("LORA on "):
+        stacks = [f"{name}.weight" for name in targets]
         return LoraConfig(
             r=2,
             lora_alpha=scale,
             target_modules=[],
-            target_parameters=[f"{name}.weight" for name in targets],
+            target_parameters=["0.up", "0.down"] if method == "LORA on experts" else stacks,
             init_lora_weights=False,
         )
     return VBLoRAConfig(
@@ -105,7 +127,7 @@ def outputs(model: nn.Module) -> bytes:
     return b"".join(parts)
 
 
-def read_adapter(folder: Path) -> str | None:
+def read_adapter(folder: Path, base: Callable[[], nn.Module] = base) -> str | None:
     """Return a digest of the adapter that a reader finds, None where there is none.
 
     Warnings are errors: none of these folders deserves one.

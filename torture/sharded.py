@@ -2,10 +2,11 @@
 """Kill one process of two while they save a sharded adapter together.
 
 FSDP2 gathers the tensors inside `save_pretrained`, DeepSpeed ZeRO-3 before it. A process is killed
-at one of its Python calls, drawn from all that the save makes: before, between and after the
-collectives, and while it writes. After it a reader finds the old adapter or the new one, the other
-process has ended with an error or has saved, and the next save leaves the same files as one without
-a fault. What bounds the wait of the other process is the `timeout` of torch's process group.
+at one of its Python calls. Half of them are drawn from all that the save makes, the other half from
+those that talk to the other process or to the disk. After it a reader finds the old adapter or the
+new one, the other process has ended with an error or has saved, and the next save leaves the same
+files as one without a fault. What bounds the wait of the other process is the `timeout` of torch's
+process group.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import os
 import pickle
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,13 +29,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from peft import PeftModel
 
-from .scenarios import METHODS, adapted, fresh, read_adapter
+from .scenarios import METHODS, adapted, base, experts, fresh, read_adapter
 
 WORLD = 2
-TIMEOUT = 10.0  # seconds, of the process group
+TIMEOUT = 40.0  # seconds, of the process group
+# Names of calls that talk to the other process or to the disk.
+TALKS = re.compile(
+    r"all_?gather|broadcast|all_?reduce|wait|full_tensor"
+    r"|^_?(open|replace|rename|link|unlink|remove|fsync|flock|mkdir|rmdir|write|serialize_file)$"
+)
 PATIENCE = 120.0  # seconds until a process that has not ended counts as hanging
 
 
@@ -42,6 +50,8 @@ class Scenario:
     """A way to shard a model of a method, and to save it.
 
     Args:
+        method: One of `scenarios.config`.
+        base: Returns the base model.
         shard: Returns what `save` needs; called in both processes.
         save: Writes the adapter into a folder; called in both processes.
         imports: Modules that these import.
@@ -49,20 +59,25 @@ class Scenario:
 
     name: str
     method: str
+    base: Callable[[], nn.Module]
     shard: Callable[[PeftModel], Any]
     save: Callable[[Any, Path], None]
     imports: tuple[str, ...] = ("torch.distributed.fsdp", "torch._dynamo")
 
+    def model(self, scale: int) -> PeftModel:
+        """Return a model with an adapter."""
+        return adapted(self.method, scale, model=self.base())
+
 
 def scenarios() -> Iterator[Scenario]:
     """Yield the scenarios."""
-    for method in METHODS:
-        yield Scenario(f"FSDP2 {method}", method, _fully_shard, _save)
-    if find_spec("deepspeed"):
-        for method in METHODS:
-            yield Scenario(
-                f"ZeRO-3 {method}", method, _zero, _save_zero, ("deepspeed", "torch._dynamo")
-            )
+    bases: dict[str, Callable[[], nn.Module]] = {**dict.fromkeys(METHODS, base)}
+    bases["LORA on experts"] = experts
+    for method, own in bases.items():
+        yield Scenario(f"FSDP2 {method}", method, own, _fully_shard, _save)
+        if find_spec("deepspeed"):
+            imports = "deepspeed", "torch._dynamo"
+            yield Scenario(f"ZeRO-3 {method}", method, own, _zero, _save_zero, imports)
 
 
 def _fully_shard(model: PeftModel) -> PeftModel:
@@ -109,20 +124,22 @@ def killing(
 
     def start() -> None:
         fresh(place)
-        adapted(scenario.method, 1).save_pretrained(place)
+        scenario.model(1).save_pretrained(place)
 
     start()
-    old = read_adapter(place)
+    old = read_adapter(place, scenario.base)
     clean = _run(scenario, folder, None)
     if set(clean) != set(range(WORLD)) or any("error" in report for report in clean.values()):
         raise RuntimeError(f"{scenario.name} fails without a fault: {clean}")
-    new, files = read_adapter(place), sorted(os.listdir(place))
+    new, files = read_adapter(place, scenario.base), sorted(os.listdir(place))
     if old == new:
         raise RuntimeError(f"{scenario.name}: the old content and the new one are the same")
     chance = random.Random(f"{seed} {scenario.name}")
     for rank in range(WORLD):
-        calls = clean[rank]["calls"]
-        for at in sorted(chance.sample(range(calls), min(kills, calls))):
+        calls, talks = clean[rank]["calls"], clean[rank]["talks"]
+        at_talks = chance.sample(talks, min((kills + 1) // 2, len(talks)))
+        elsewhere = chance.sample(range(calls), min(kills - len(at_talks), calls))
+        for at in sorted({*at_talks, *elsewhere}):
             start()
             reports = _run(scenario, folder, (rank, at))
             yield (
@@ -143,13 +160,13 @@ def _wrong(
     if other not in reports:
         return f"rank {other} hangs"
     try:
-        found: object = read_adapter(place)
+        found: object = read_adapter(place, scenario.base)
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
     if found not in contents:
         return f"a reader finds {found}"
-    adapted(scenario.method, 2).save_pretrained(place)
-    if read_adapter(place) != contents[1]:
+    scenario.model(2).save_pretrained(place)
+    if read_adapter(place, scenario.base) != contents[1]:
         return "the next save leaves another adapter"
     if (left := sorted(os.listdir(place))) != files:
         return f"other files than without a fault: {sorted(set(left) ^ set(files))}"
@@ -188,13 +205,15 @@ def _work(scenario: Scenario, folder: Path, rank: int, kill_at: int | None) -> N
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    seen = 0
+    seen, talks = 0, []
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
         nonlocal seen
         if event in ("call", "c_call"):
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if TALKS.search(getattr(argument, "__name__", frame.f_code.co_name)):
+                talks.append(seen)
             seen += 1
 
     report: dict[str, Any] = {}
@@ -206,14 +225,14 @@ def _work(scenario: Scenario, folder: Path, rank: int, kill_at: int | None) -> N
             world_size=WORLD,
             timeout=datetime.timedelta(seconds=TIMEOUT),
         )
-        sharded = scenario.shard(adapted(scenario.method, 2))
+        sharded = scenario.shard(scenario.model(2))
         dist.barrier()
         sys.setprofile(watch)
         try:
             scenario.save(sharded, folder / "place")
         finally:
             sys.setprofile(None)
-        report["calls"] = seen
+        report["calls"], report["talks"] = seen, talks
         dist.barrier()
     except Exception as error:
         report["error"] = f"{type(error).__name__}: {error}"

@@ -308,6 +308,35 @@ def save_sharded(method, folder, topk=False):
     return whole(get_peft_model_state_dict(again))
 
 
+def with_adapters(names):
+    """A model with more adapters, whose values depend on their names alone."""
+    model = adapted("LORA")
+    for name in names:
+        torch.manual_seed(ord(name))
+        model.add_adapter(name, METHODS["LORA"].config(target_modules=TARGETS))
+    return model
+
+
+def save_others(folder):
+    """Save adapters that each process has loaded in another order, or of which it names another;
+    and after a forward, which leaves parameters full for a while.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    rank, messages = dist.get_rank(), []
+    for names, selected in ((["pq", "qp"][rank], "p"), ("pq", "pq"[rank]), ("pq", "pq")):
+        model = fully_shard(with_adapters(names))
+        with torch.no_grad():
+            model(**batch("LORA", 0, rank))
+        try:
+            model.save_pretrained(
+                folder, is_main_process=rank == 0, selected_adapters=list(selected)
+            )
+        except peft.PeftError as error:
+            messages.append(str(error))
+    return messages
+
+
 def dcp(method, folder, adapter_only):
     """Train, checkpoint in shards, and go on; in another model, load the shards and go on."""
     import torch.distributed.checkpoint as checkpoint

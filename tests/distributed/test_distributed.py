@@ -179,6 +179,19 @@ def test_saving_a_sharded_model(pool, name, tmp_path):
         close(state, dict(jobs.get_peft_model_state_dict(jobs.adapted(name))))
 
 
+def test_processes_gather_the_same_adapters_or_none(pool, tmp_path):
+    """Collectives pair up by their order, so files would have parts of several adapters."""
+    for messages in pool.run("save_others", str(tmp_path)):
+        assert len(messages) == 2
+        assert all("has other adapters" in message for message in messages)
+    from safetensors.torch import load_file
+
+    plain = jobs.with_adapters("pq")
+    for name in "pq":
+        found = load_file(tmp_path / name / "adapter_model.safetensors")
+        close(found, dict(jobs.get_peft_model_state_dict(plain, adapter_name=name)))
+
+
 @pytest.mark.parametrize(("engine", "options"), [("fsdp2", {}), ("fsdp1", {"policy": "layers"})])
 def test_merging_a_sharded_model(pool, name, engine, options):
     for outputs in pool.run("merging", name, engine, **options):

@@ -23,7 +23,12 @@ from ..checkpoint.model_card import update_model_card
 from ..checkpoint.paths import as_folder
 from ..checkpoint.state_dict import get_peft_model_state_dict
 from ..config import PeftConfig
-from ..integrations.distributed import gathered_tensor, is_distributed
+from ..integrations.distributed import (
+    check_alike,
+    gathered_tensor,
+    is_distributed,
+    needs_all_processes,
+)
 from .skeleton import base_class_of, saved_targets
 
 if TYPE_CHECKING:
@@ -76,9 +81,12 @@ def save_pretrained(
     plain = path_initial_model_for_weight_conversion is not None
     with changing(self):  # by no other thread meanwhile
         names = _adapters_to_save(selected_adapters, self.peft_config)
-        tensors = self.parameters() if state_dict is None else state_dict.values()
         # Where tensors are spread over processes, all have to call to gather them.
-        if not is_main_process and not any(is_distributed(tensor) for tensor in tensors):
+        if not is_main_process and not (
+            needs_all_processes(self)
+            if state_dict is None
+            else any(is_distributed(tensor) for tensor in state_dict.values())
+        ):
             return
         states = _gathered_states(
             self, self.base_model, names, state_dict, plain, save_embedding_layers
@@ -179,6 +187,8 @@ def _gathered_states(
                 model, state_dict, name, save_embedding_layers=save_embedding_layers
             )
             result[name] = method.config_to_save(name), state
+    tensors = [(f"{n} {key}", t) for n, (_, own) in result.items() for key, t in own.items()]
+    check_alike([*tensors, *model.named_parameters()])
     return {
         name: (config, {key: gathered_tensor(tensor) for key, tensor in state.items()})
         for name, (config, state) in result.items()

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
@@ -31,6 +32,7 @@ from ..base.containers import StateDict, named_tensors, state_of, walk
 from ..base.errors import PeftRuntimeError, PeftTypeError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -254,6 +256,45 @@ def is_distributed(tensor: object) -> TypeGuard[DTensor]:
 def gathered_tensor(tensor: Tensor) -> Tensor:
     """Return a DTensor gathered from all processes, any other tensor as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+def needs_all_processes(model: nn.Module) -> bool:
+    """Return True if all processes have to call to read a model's tensors: there are DTensors among
+    its parameters, or there will be. FSDP2 leaves parameters full after a forward until the next
+    backward, or the next `state_dict`.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return any(isinstance(module, kind) for _, module in walk(model)) or any(
+        is_distributed(parameter) for parameter in model.parameters()
+    )
+
+
+def check_alike(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that the DTensors among named tensors are the same in all processes, in the same order.
+
+    Collectives pair up by their order alone, in a gathering of these tensors as in a forward: of
+    different adapters they would give mixtures.
+    """
+    lines: dict[tuple[DeviceMesh, tuple[bool, ...]], list[str]] = {}
+    for name, tensor in tensors:
+        if is_distributed(tensor):
+            whole = tuple(placement.is_replicate() for placement in tensor.placements)
+            text = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+            lines.setdefault((tensor.device_mesh, whole), []).append(text)
+    for (mesh, whole), own in lines.items():
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        digest = zlib.crc32("\n".join(own).encode())
+        placements = [Replicate() if is_whole else Shard(0) for is_whole in whole]
+        local = torch.tensor([digest], device=mesh.device_type)
+        if set(DTensor.from_local(local, mesh, placements).full_tensor().tolist()) != {digest}:
+            raise PeftRuntimeError(
+                "Another process has other adapters, or has them in another order, or saves "
+                f"others; this one has {len(own)} sharded tensors, such as `{own[0]}`. Nothing was "
+                "written. Load the same adapters in the same order on every process, since sharded "
+                "tensors are paired by their order, in calls too; and pass the same "
+                "`selected_adapters`."
+            )
 
 
 def gathered_rows(rows: Tensor) -> Tensor:
