@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..base.child_uses import child_uses
 from ..base.containers import walk
 from ..integrations import quantization
-from .base_layer import innermost
+from .base_layer import geometry, innermost
 
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
@@ -35,7 +36,32 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
             f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} "
             "read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
         )
-    return None
+    return _why_unseen(innermost(parent), name, layer)
+
+
+def _why_unseen(parent: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """Return the reason why an adapter of a layer's output would not act, or not always: the parent
+    computes with the layer's weight.
+
+    A linear layer that is called too is adapted, since one of the two branches is for special
+    hardware. A convolution is called once, and read in each step of decoding after that.
+    """
+    kind: type = type(parent)
+    uses, size = child_uses(kind), geometry(layer)
+    if name not in uses.read:
+        return None
+    is_conv = size is not None and size.is_conv
+    is_called = name in uses.called
+    if name == "dt_proj":  # Jamba and Falcon Mamba call it where the model is quantized
+        is_called = hasattr(getattr(parent, "config", None), "_is_quantized") and is_called
+    if is_called and not is_conv:
+        return None
+    remedy = "adapt other layers" if is_conv else f"name `{name}.weight` in `target_parameters`"
+    return (
+        f"{kind.__name__} computes with this layer's weight "
+        f"{'as well as calling' if is_called else 'and never calls'} it, so an adapter of its "
+        f"output would be lost; {remedy}"
+    )
 
 
 def avoid_fused_paths(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ layer and supplies `delta_recipe` for stacked tensors and, to avoid the dense de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,18 @@ class ParameterLayer(BaseTunerLayer):
     def _qkv_same_embed_dim(self) -> bool:
         """True for an attention with one packed projection; torch's transformer layers ask."""
         return bool(innermost(self)._qkv_same_embed_dim)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return an item of a list or dictionary of parameters, plus the deltas."""
+        return cast(Any, innermost(self))[key]
+
+    def __len__(self) -> int:
+        """Return the number of items of a list or dictionary of parameters."""
+        return len(cast(Any, innermost(self)))
+
+    def __bool__(self) -> bool:
+        """Return True, as of any module."""
+        return True
 
     def get_param(self) -> Tensor:
         """Return the parameter, without adapters that are not merged."""

@@ -3,6 +3,7 @@
 
 import threading
 
+import numpy
 import pytest
 import torch
 from helpers.models import gpt2, llama, mlp, t5
@@ -95,10 +96,12 @@ FORMS = [
     IDS[:, None],
     IDS.int(),
     IDS.to(torch.uint8),
+    IDS.to(torch.uint16),
     [2, 0, 1],
     (2, 0, 1),
     IDS.numpy(),
     ["c", "a", "b"],
+    numpy.array(["c", "a", "b"]),
 ]
 
 
@@ -119,6 +122,23 @@ def test_forms_of_task_ids(form, task_type):
     one = model(input_ids=ids, task_ids=torch.tensor([1])).logits
     torch.testing.assert_close(model(input_ids=ids, task_ids="b").logits, one)
     assert not torch.allclose(one, logits)
+
+
+def test_a_model_with_task_ids_of_its_own_gets_them_too():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.biases = nn.Linear(8, 8), nn.Embedding(3, 8)
+
+        def forward(self, x, task_ids):
+            return self.layer(x) + self.biases(task_ids)
+
+    base, x = Biased(), torch.randn(3, 8)
+    plain = base(x, IDS)
+    model = get_peft_model(base, PolyConfig(n_tasks=3, target_modules=["layer"])).eval()
+    torch.testing.assert_close(model(x, task_ids=IDS), plain)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x, task_ids=IDS), plain)
 
 
 BAD_IDS = [

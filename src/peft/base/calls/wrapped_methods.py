@@ -36,8 +36,9 @@ class MethodCall(NamedTuple):
         return bind_arguments(self.names, self.args, self.kwargs)
 
     def run(self, excluded: Collection[str] = ()) -> object:
-        """Call the method, without `excluded` keyword arguments."""
-        kwargs = {name: value for name, value in self.kwargs.items() if name not in excluded}
+        """Call the method, without `excluded` keyword arguments that it does not name itself."""
+        dropped = set(excluded).difference(self.names)
+        kwargs = {name: value for name, value in self.kwargs.items() if name not in dropped}
         return self.function(self.module, *self.args, **kwargs)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -200,6 +200,8 @@ def _ids_of_names(
 
 def _integers(task_ids: object, adapters: Sequence[HasTasks], argument: str) -> Tensor:
     """Return task ids of any accepted form as a tensor of integers."""
+    if getattr(getattr(task_ids, "dtype", None), "kind", "") in ("U", "O", "T"):
+        task_ids = cast(Any, task_ids).tolist()  # an array of names
     if isinstance(task_ids, str):
         task_ids = [task_ids]
     if isinstance(task_ids, (list, tuple)) and any(isinstance(task, str) for task in task_ids):
@@ -218,4 +220,4 @@ def _integers(task_ids: object, adapters: Sequence[HasTasks], argument: str) -> 
             return task_ids.long()  # an empty list has no dtype of its own
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise PeftTypeError(f"`{argument}` must be integers, not {task_ids.dtype}.")
-    return task_ids
+    return task_ids.long()  # torch has few operations on other unsigned integers than bytes

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The children whose weights a module's code computes with, read from its compiled functions."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType
+from typing import NamedTuple
+
+from torch import nn
+
+# Attributes of a weight that say nothing of its values.
+_PROPERTIES = frozenset(
+    ("device", "dim", "dtype", "is_cuda", "is_meta", "is_quantized", "ndim", "numel", "shape")
+).union(("element_size", "itemsize", "requires_grad", "size", "stride"))
+# Functions that make a module, fill it or tie its weights: they are no part of a forward.
+_SETTING_UP = (
+    "__init__",
+    "_init",
+    "init_",
+    "reset_",
+    "tie_",
+    "_tie",
+    "load_",
+    "_load",
+    "extra_repr",
+)
+
+
+class ChildUses(NamedTuple):
+    """The children of a module by what its code does with them.
+
+    Args:
+        read: Children whose `weight` it computes with.
+        called: Children that it calls or hands on.
+    """
+
+    read: frozenset[str]
+    called: frozenset[str]
+
+
+@cache
+def child_uses(kind: type) -> ChildUses:
+    """Return what the methods of a class, own and inherited, do with the module's children.
+
+    Children that the code reaches in other ways than by `self.name` are not seen.
+    """
+    read, called = set[str](), set[str]()
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, member in vars(owner).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            own = getattr(function, "__code__", None)
+            if own is not None and own.co_argcount and not name.startswith(_SETTING_UP):
+                for child, path in _attribute_paths(own, own.co_varnames[0]):
+                    if not path:
+                        called.add(child)
+                    elif path[0] == "weight" and not _PROPERTIES.intersection(path[1:2]):
+                        read.add(child)
+    return ChildUses(frozenset(read), frozenset(called))
+
+
+def _attribute_paths(code: CodeType, own: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield `("a", ["b", "c"])` for each `self.a.b.c` in a function and those in it; `own` is its
+    name for `self`.
+    """
+    found: tuple[str, list[str]] | None = None
+    is_self = False
+    for step in dis.get_instructions(code):
+        if isinstance(step.argval, CodeType):
+            yield from _attribute_paths(step.argval, own)
+        if step.opname in ("CACHE", "EXTENDED_ARG"):
+            continue
+        is_attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if is_attribute and is_self:
+            found = step.argval, []
+        elif is_attribute and found is not None:
+            found[1].append(step.argval)
+        elif found is not None:
+            yield found
+            found = None
+        # A pair of loads is one instruction from Python 3.13 on.
+        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
+        is_self = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == (own,)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that compute with a child's weight in place of calling the child: an adapter of the
+child's output would have no effect there, but on merging.
+"""
+
+import functools
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.states import assert_unchanged, snapshot
+from torch import nn
+
+from peft import LoKrConfig, LoraConfig, get_peft_model
+from peft.base.child_uses import child_uses
+from peft.base.errors import UnsupportedModuleError
+
+
+class Mixer(nn.Module):
+    """A state space mixer in small: it calls one layer, and computes with the weight of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(8, 8)
+        self.dt_proj = nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.tables = nn.ParameterList([torch.randn(8, 8), torch.randn(8, 8)])
+        self.start = float(self.in_proj.weight.detach().sum())  # no part of a forward
+
+    def forward(self, x):
+        x = x.to(self.in_proj.weight.dtype).view(-1, self.in_proj.weight.shape[1])
+        x = self.in_proj(x) @ self.dt_proj.weight.T + self.dt_proj.bias
+        return sum((x @ self.tables[i] for i in range(len(self.tables))), self.convolved(x))
+
+    def convolved(self, x):
+        if len(x) > 1:
+            return self.conv(x.T).T
+        return (self.conv.weight[:, :, 1] @ x.T).T + self.conv.bias
+
+
+def wrap(function):
+    return functools.wraps(function)(lambda *args: function(*args))
+
+
+class Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    @wrap
+    def forward(this, x):
+        return (lambda y: nn.functional.linear(y, this.a.weight))(x)
+
+
+class Inherits(Decorated):
+    def more(self, x):
+        return self.b(x) + self.c.weight.sum() + self.c(x)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixer = Mixer()
+
+    def forward(self, x):
+        return self.mixer(x)
+
+
+def outer():
+    torch.manual_seed(0)
+    return Outer()
+
+
+class Falcon(Mixer):
+    """A mixer that calls the layer where the model is quantized."""
+
+    config = SimpleNamespace()
+
+    def time_step(self, x):
+        return self.dt_proj(x) if hasattr(self.config, "_is_quantized") else None
+
+
+def test_a_layer_whose_weight_is_read_is_refused(method):
+    """Its adapter would be lost; the message has what to do."""
+    model = outer()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModuleError, match="never calls it.*name `dt_proj.weight`"):
+        get_peft_model(model, method.config(target_modules=["in_proj", "dt_proj"]))
+    assert_unchanged(before, model)
+
+
+def test_a_convolution_that_is_read_in_one_branch_is_refused():
+    with pytest.raises(UnsupportedModuleError, match="as well as calling it"):
+        get_peft_model(outer(), LoKrConfig(target_modules=["conv"]))
+
+
+def test_a_layer_that_quantized_models_call_is_adapted_there(monkeypatch):
+    model, config = nn.ModuleDict({"mixer": Falcon()}), LoraConfig(target_modules=["dt_proj"])
+    with pytest.raises(UnsupportedModuleError, match="never calls it"):
+        get_peft_model(model, config)
+    monkeypatch.setattr(Falcon.config, "_is_quantized", True, raising=False)
+    get_peft_model(model, config)
+
+
+def test_the_parameter_of_such_a_layer_is_adapted(method):
+    """What the error advises works: the output is that of the model with `W + ΔW`."""
+    config = method.config(target_modules=["in_proj"], target_parameters=["dt_proj.weight"])
+    model, plain = get_peft_model(outer(), config).eval(), outer().double()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        for name in ("in_proj", "dt_proj"):
+            layer = getattr(model.base_model.model.mixer, name)
+            delta = layer.get_delta_weight("default", **method.merge)
+            getattr(plain.mixer, name).weight += delta.double()
+    torch.testing.assert_close(model(x, **method.call), plain(x.double()).float())
+    model.merge_adapter(**method.merge)
+    torch.testing.assert_close(model(x), plain(x.double()).float())
+
+
+def test_all_linear_leaves_such_a_layer_out():
+    with pytest.warns(UserWarning, match=re.escape("leaves out `mixer.dt_proj`: Mixer computes")):
+        model = get_peft_model(outer(), LoraConfig(target_modules="all-linear"))
+    assert model.targeted_module_names == ["mixer.in_proj"]
+
+
+def test_items_of_a_list_of_parameters_are_adapted(method):
+    """The list is indexed, iterated and counted as before, with `W + ΔW` as items."""
+    targets = {"target_modules": [], "target_parameters": ["tables.1", "tables.0"]}
+    model, plain = get_peft_model(outer(), method.config(**targets)).eval(), outer().double()
+    x, lists = torch.randn(5, 8), model.base_model.model.mixer.tables
+    layers = [layer for layer in model.modules() if hasattr(layer, "parameter_name")]
+    with torch.no_grad():
+        for layer in layers:
+            delta = layer.get_delta_weight("default", **method.merge)
+            plain.mixer.tables[int(layer.parameter_name)] += delta.double()
+    assert len(layers) == len(lists) == 2
+    assert lists
+    torch.testing.assert_close(model(x, **method.call), plain(x.double()).float())
+
+
+def test_uses_of_children_are_seen_in_closures_wrappers_and_base_classes():
+    uses = child_uses(Inherits)
+    assert uses.read == {"a", "c"}
+    assert uses.called == {"b", "c"}
+    assert child_uses(Mixer).read == {"dt_proj", "conv"}
+    assert not child_uses(nn.Sequential).read
