@@ -188,7 +188,8 @@ def _gathered_states(
             )
             result[name] = method.config_to_save(name), state
     tensors = [(f"{n} {key}", t) for n, (_, own) in result.items() for key, t in own.items()]
-    check_alike([*tensors, *model.named_parameters()])
+    if any(is_distributed(tensor) for _, tensor in tensors):
+        check_alike([*tensors, *model.named_parameters()])
     return {
         name: (config, {key: gathered_tensor(tensor) for key, tensor in state.items()})
         for name, (config, state) in result.items()
