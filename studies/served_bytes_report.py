@@ -141,14 +141,15 @@ def _table(records: list[Record], found: dict[str, Scores], size: dict[str, floa
         number = next(r["options"]["rate"] for r in final if r["arm"] == name)
         tried = [r for r in records if r["stage"] == "rates" and r["arm"] == name]
         edge = at_edge(number, [r["options"]["rate"] for r in tried])
-        rate = f"{arm.rates[number]}{edge}" if arm.rates else ""
+        rates = arm.rates[number] if arm.rates else {}
+        rate = ", ".join(f"{role} {value:g}".removeprefix("all ") for role, value in rates.items())
         shared = f" (shared: {SHARED[arm.family]})" if arm.family in SHARED else ""
         gain = paired(found[name], found[FROZEN]) if FROZEN in found else ""
         mark = "yes" if name in line else "tied" if name in ties else ""
         lines.append(
             f"| {name}{shared} | {size[name]:,.0f} | {_mean(final, name, 'tensor_bytes'):,.0f} | "
-            f"{_mean(final, name, 'numbers'):,.0f} | {rate} | {len({s for _, s in found[name]})} | "
-            f"{interval(found[name])} | {gain} | {mark} |"
+            f"{_mean(final, name, 'numbers'):,.0f} | {rate}{edge} | "
+            f"{len({s for _, s in found[name]})} | {interval(found[name])} | {gain} | {mark} |"
         )
     head = (
         "## Accuracy in per cent, by bytes as served\n\n"
@@ -173,7 +174,7 @@ def _draw(found: dict[str, Scores], size: dict[str, float], path: Path) -> None:
     for i, (family, names) in enumerate(families.items()):
         draw_gains(
             axes, [size[name] for name in names], [paired(found[name], frozen) for name in names],
-            marker="os^vD*"[i % 6], label=family,
+            marker="os^vD*"[i % 6], label=family, color=plt.get_cmap("tab20")(2 * i % 20 + i // 10),
         )  # fmt: skip
     line = [name for name in front(found, size) if size[name] > 0]
     axes.step(
