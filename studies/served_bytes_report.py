@@ -57,6 +57,7 @@ def report(records: list[Record], folder: Path) -> str:
     two, three = _claims(found, size)
     parts = [
         _table(records, found, size),
+        *([_by_kind(found, size)] if FROZEN in found else []),
         "## The protocol's claims\n\n" + claims_table(two),
         "## Study 3\n\n" + claims_table(three),
     ]
@@ -156,6 +157,23 @@ def _table(records: list[Record], found: dict[str, Scores], size: dict[str, floa
         "`gain`: over the frozen model, paired. `front`: yes, if all others with as few bytes have "
         "a lower mean; tied, if none of them is better with a paired interval above 0. `*`: the "
         "smallest or largest rate that was tried."
+    )
+    return head + "\n\n" + "\n".join(lines)
+
+
+def _by_kind(found: dict[str, Scores], size: dict[str, float]) -> str:
+    lines = ["| arm | bytes | MultiEmo | others |", "|---|---:|---|---|"]
+    for name in sorted(found, key=lambda name: size[name]):
+        kinds = [
+            {key: score for key, score in found[name].items() if ("multiemo" in key[0]) == related}
+            for related in (True, False)
+        ]
+        gains = [str(paired(own, found[FROZEN])) if own else "" for own in kinds]
+        lines.append(f"| {name} | {size[name]:,.0f} | {gains[0]} | {gains[1]} |")
+    head = (
+        "## Gain over the frozen model, by kind of task\n\n"
+        "The sources, which shared parts were trained on, are other cells of MultiEmo. The tasks "
+        "were divided after results had been seen."
     )
     return head + "\n\n" + "\n".join(lines)
 
