@@ -12,9 +12,10 @@ import torch
 from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.base.child_uses import child_uses
 from peft.base.errors import UnsupportedModuleError
+from peft.core import plan
 
 
 class Mixer(nn.Module):
@@ -39,6 +40,24 @@ class Mixer(nn.Module):
         return (self.conv.weight[:, :, 1] @ x.T).T + self.conv.bias
 
 
+class Regular(nn.Module):
+    """A layer that calls its convolution, and reads the weight beside the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self._reset_parameters()
+
+    def _reset_parameters(self):
+        nn.init.xavier_uniform_(self.conv.weight)
+
+    def penalty(self):
+        return self.conv.weight.square().sum()
+
+    def forward(self, x):
+        return self.conv(x)
+
+
 def wrap(function):
     return functools.wraps(function)(lambda *args: function(*args))
 
@@ -54,6 +73,9 @@ class Decorated(nn.Module):
 
 
 class Inherits(Decorated):
+    def forward(self, x):
+        return super().forward(x) + self.more(x)
+
     def more(self, x):
         return self.b(x) + self.c.weight.sum() + self.c(x)
 
@@ -77,6 +99,9 @@ class Falcon(Mixer):
 
     config = SimpleNamespace()
 
+    def forward(self, x):
+        return super().forward(x) if self.time_step(x) is None else self.time_step(x)
+
     def time_step(self, x):
         return self.dt_proj(x) if hasattr(self.config, "_is_quantized") else None
 
@@ -93,6 +118,22 @@ def test_a_layer_whose_weight_is_read_is_refused(method):
 def test_a_convolution_that_is_read_in_one_branch_is_refused():
     with pytest.raises(UnsupportedModuleError, match="as well as calling it"):
         get_peft_model(outer(), LoKrConfig(target_modules=["conv"]))
+
+
+def test_a_convolution_that_is_read_outside_the_forward_is_adapted():
+    get_peft_model(nn.Sequential(Regular()), LoKrConfig(target_modules=["conv"]))
+
+
+def test_a_saved_adapter_of_such_a_layer_is_loaded_with_a_warning(tmp_path, monkeypatch):
+    """Other programs write such adapters; they have no effect there either."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "lost_reason", lambda *_: None)
+        model = get_peft_model(outer(), LoraConfig(target_modules=["in_proj", "dt_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="`mixer.dt_proj`: Mixer computes with this layer's"):
+        loaded = PeftModel.from_pretrained(outer(), tmp_path)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_a_layer_that_quantized_models_call_is_adapted_there(monkeypatch):

@@ -16,18 +16,6 @@ from torch import nn
 _PROPERTIES = frozenset(
     ("device", "dim", "dtype", "is_cuda", "is_meta", "is_quantized", "ndim", "numel", "shape")
 ).union(("element_size", "itemsize", "requires_grad", "size", "stride"))
-# Functions that make a module, fill it or tie its weights: they are no part of a forward.
-_SETTING_UP = (
-    "__init__",
-    "_init",
-    "init_",
-    "reset_",
-    "tie_",
-    "_tie",
-    "load_",
-    "_load",
-    "extra_repr",
-)
 
 
 class ChildUses(NamedTuple):
@@ -44,21 +32,27 @@ class ChildUses(NamedTuple):
 
 @cache
 def child_uses(kind: type) -> ChildUses:
-    """Return what the methods of a class, own and inherited, do with the module's children.
+    """Return what a class's `forward`, and the methods that it uses, do with the module's children.
 
     Children that the code reaches in other ways than by `self.name` are not seen.
     """
-    read, called = set[str](), set[str]()
+    codes: dict[str, list[CodeType]] = {}
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, member in vars(owner).items():
             function = inspect.unwrap(member) if callable(member) else None
-            own = getattr(function, "__code__", None)
-            if own is not None and own.co_argcount and not name.startswith(_SETTING_UP):
-                for child, path in _attribute_paths(own, own.co_varnames[0]):
-                    if not path:
-                        called.add(child)
-                    elif path[0] == "weight" and not _PROPERTIES.intersection(path[1:2]):
-                        read.add(child)
+            code = getattr(function, "__code__", None)
+            if code is not None and code.co_argcount:
+                codes.setdefault(name, []).append(code)
+    read, called, todo = set[str](), set[str](), ["forward"]
+    while todo:
+        for code in codes.pop(todo.pop(), ()):
+            for name, path in _attribute_paths(code, code.co_varnames[0]):
+                if name in codes:
+                    todo.append(name)
+                elif not path:
+                    called.add(name)
+                elif path[0] == "weight" and not _PROPERTIES.intersection(path[1:2]):
+                    read.add(name)
     return ChildUses(frozenset(read), frozenset(called))
 
 

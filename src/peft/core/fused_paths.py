@@ -13,7 +13,7 @@ from .base_layer import geometry, innermost
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
     """Return the reason why `parent.name` can't have an adapter, None if it can: a delta would lose
-    the imaginary part of complex numbers, or a parent reads the weight and never calls the layer.
+    the imaginary part of complex numbers, or fused kernels read the weight.
     """
     layer = innermost(parent.get_submodule(name))
     dtype = next(
@@ -36,16 +36,17 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
             f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} "
             "read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
         )
-    return _why_unseen(innermost(parent), name, layer)
+    return None
 
 
-def _why_unseen(parent: nn.Module, name: str, layer: nn.Module) -> str | None:
-    """Return the reason why an adapter of a layer's output would not act, or not always: the parent
-    computes with the layer's weight.
+def lost_reason(parent: nn.Module, name: str) -> str | None:
+    """Return the reason why an adapter of the output of `parent.name` would not act, or not always,
+    None if it acts: the parent computes with the layer's weight.
 
     A linear layer that is called too is adapted, since one of the two branches is for special
     hardware. A convolution is called once, and read in each step of decoding after that.
     """
+    layer, parent = innermost(parent.get_submodule(name)), innermost(parent)
     kind: type = type(parent)
     uses, size = child_uses(kind), geometry(layer)
     if name not in uses.read:

@@ -33,7 +33,7 @@ from . import targets as _targets
 from . import trainable_tokens as _trainable_tokens
 from .adapter_names import check_name
 from .auxiliary import AuxiliaryTrainingWrapper
-from .fused_paths import unfit_reason
+from .fused_paths import lost_reason, unfit_reason
 from .layer import BaseTunerLayer
 from .parameter_layer import ParameterLayer
 from .parameter_targets import ParameterTarget
@@ -177,7 +177,7 @@ def make(
         _pattern_fields(config),
         [*plan.targets, *(target.pattern_path for target in plan.parameters)],
     )
-    _check_modules(tuner, plan)
+    _check_modules(tuner, plan, is_new)
     _check_parameters(tuner, plan)
     plan.tokens = _trainable_tokens.plan(
         plan.config, tuner.model, modules, {*plan.targets, *plan.trainable_copies}
@@ -353,9 +353,9 @@ def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module
 
 
 def _unfit_reason(model: nn.Module, path: str) -> str | None:
-    """Return the reason why the module at `path` can't have an adapter, None if it can."""
+    """Return the reason why the module at `path` gets no new adapter, None if it does."""
     parent, _, name = get_submodules(model, path)
-    return unfit_reason(parent, name, model_type(model))
+    return unfit_reason(parent, name, model_type(model)) or lost_reason(parent, name)
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -433,12 +433,18 @@ def _check_parameters(tuner: TargetRules[C], plan: Plan[C]) -> None:
         raise PeftValueError(" ".join(problems))
 
 
-def _check_modules(tuner: TargetRules[C], plan: Plan[C]) -> None:
-    """Check that every targeted module can be adapted as configured; errors name all."""
+def _check_modules(tuner: TargetRules[C], plan: Plan[C], is_new: bool) -> None:
+    """Check that every targeted module can be adapted as configured; errors name all. Warn of saved
+    adapters without effect, which other programs make.
+    """
     unsupported, misfits = [], []
     for path, module in plan.targets.items():
         base = base_layer.adapted_module(module, tuner.tuner_layer_cls)
-        if reason := _unfit_reason(tuner.model, path):
+        parent, _, name = get_submodules(tuner.model, path)
+        lost = lost_reason(parent, name)
+        if lost and not is_new:
+            warn(f"`{path}`: {lost}.")
+        if reason := unfit_reason(parent, name, model_type(tuner.model)) or (is_new and lost):
             unsupported.append(f"`{path}`: {reason}.")
         elif twice := parameter_targets.check_not_parameters(path, module):
             unsupported.append(twice)
