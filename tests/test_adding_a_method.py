@@ -73,15 +73,15 @@ def forget_type(name):
 
 
 def test_a_layer_lists_its_containers_and_sets_its_scale(monkeypatch):
-    from peft.tuners.loha.layer import Linear
+    from peft.tuners.lora.layer import Linear
 
     def make():
-        config = peft.LoHaConfig(r=2, target_modules=["0"])
+        config = peft.LoraConfig(r=2, target_modules=["0"])
         return peft.get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
 
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "container_names", Linear.container_names[1:])
-        with pytest.raises(ValueError, match="must list the container `hada_w1_a`"):
+        with pytest.raises(ValueError, match="must list the container `lora_A`"):
             make()
     update = Linear.update_layer
 

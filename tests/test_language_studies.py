@@ -423,4 +423,4 @@ def test_only_arms_under_a_kilobyte_and_whole_seeds_count_by_bytes(tmp_path):
     assert len(claims) == 1 and claims[0].endswith("| -10.0 (-10.0 to -10.0) | refuted |")
     assert f"{bank}, one - frozen model (672 against 0 bytes)" in claims[0]
     one = next(line for line in lines if line.startswith(f"| {bank}, one"))
-    assert "'logits': 0.1}* | 1 | 30.0 (30.0 to 30.0) | -10.0 (-10.0 to -10.0) |  |" in one
+    assert "logits 0.1* | 1 | 30.0 (30.0 to 30.0) | -10.0 (-10.0 to -10.0) |  |" in one

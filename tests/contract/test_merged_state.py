@@ -463,16 +463,3 @@ def test_unmerging_one_adapter_forgets_no_other():
     W = base + layer.get_delta_weight("default")
     torch.testing.assert_close(layer(x), x @ W.T + layer.bias)
     assert not torch.equal(weight, base)
-
-
-def test_a_task_that_was_merged_is_merged_after_disabling():
-    """A call without task ids, as before, is that task's; unmerged it would be an error."""
-    config = PolyConfig(r=2, n_tasks=3, target_modules=TARGETS, init_weights=False)
-    base, x = mlp(), torch.randn(3, 8)
-    plain = base(x)
-    model = get_peft_model(base, config).eval()
-    expected = model(x, task_ids=2)
-    model.merge_adapter(task_id=2)
-    with model.disable_adapter():
-        torch.testing.assert_close(model(x), plain)
-    torch.testing.assert_close(model(x), expected)

@@ -167,11 +167,8 @@ class Merges:
         return {merge.name for merge in self._suspended if merge.layer is layer}
 
     def lacks_suspended(self, layer: MergeableLayer) -> bool:
-        """Return whether the layer's forward would not compute one of its suspended adapters, or
-        not as it was merged (for one task).
-        """
-        own, active = [m for m in self._suspended if m.layer is layer], layer.active_adapters
-        return any(merge.name not in active or merge.options for merge in own)
+        """Return whether the layer's forward would not compute one of its suspended adapters."""
+        return bool(self.suspended(layer) - set(layer.active_adapters))
 
     def drop_suspended(self, layer: MergeableLayer, *names: str) -> None:
         """Forget suspended adapters."""
