@@ -180,6 +180,30 @@ def test_items_of_a_list_of_parameters_are_adapted(method):
     torch.testing.assert_close(model(x, **method.call), plain(x.double()).float())
 
 
+def test_items_of_a_dictionary_of_parameters_are_adapted(method):
+    """Its keys, values and items are those of the dictionary, with `W + ΔW` for the adapted."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ParameterDict({"a": torch.eye(8), "b": 2 * torch.eye(8)})
+
+        def forward(self, x):
+            assert "a" in self.tables
+            for name in self.tables:
+                x = x @ self.tables[name]
+            return sum(x @ table for _, table in self.tables.items())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Named())
+    config = method.config(target_modules=[], target_parameters=["tables.a"])
+    model = get_peft_model(model, config).eval()
+    layer = next(layer for layer in model.modules() if hasattr(layer, "parameter_name"))
+    a, x = torch.eye(8) + layer.get_delta_weight("default", **method.merge), torch.randn(3, 8)
+    expected = (x @ a @ (2 * torch.eye(8))) @ (a + 2 * torch.eye(8))
+    torch.testing.assert_close(model(x, **method.call), expected)
+
+
 def test_uses_of_children_are_seen_in_closures_wrappers_and_base_classes():
     uses = child_uses(Inherits)
     assert uses.read == {"a", "c"}

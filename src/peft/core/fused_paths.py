@@ -13,7 +13,7 @@ from .base_layer import geometry, innermost
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
     """Return the reason why `parent.name` can't have an adapter, None if it can: a delta would lose
-    the imaginary part of complex numbers, or fused kernels read the weight.
+    the imaginary part of complex numbers, or code of torch or of kernels reads the weight.
     """
     layer = innermost(parent.get_submodule(name))
     dtype = next(

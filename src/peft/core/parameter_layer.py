@@ -8,7 +8,7 @@ layer and supplies `delta_recipe` for stacked tensors and, to avoid the dense de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -87,6 +87,10 @@ class ParameterLayer(BaseTunerLayer):
     def __getitem__(self, key: Any) -> Any:
         """Return an item of a list or dictionary of parameters, plus the deltas."""
         return cast(Any, innermost(self))[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return an iterator over a list of parameters, plus the deltas, or a dictionary's keys."""
+        return iter(cast(Any, innermost(self)))
 
     def __len__(self) -> int:
         """Return the number of items of a list or dictionary of parameters."""
