@@ -44,13 +44,14 @@ def main() -> None:
     if options.again:
         copy_choices(checked_in, runs)
     turns = options.seeds, options.workers, options.minutes, options.quick
-    if not options.report and not go_on(study, runs, *turns):
+    is_done = options.report or go_on(study, runs, *turns)
+    if options.again:
+        print(repeated(read(runs), read(checked_in)))
+    if not is_done:
         print(f"Runs are left. The same command goes on; so far: {runs}")
         return
     (folder / "report.md").write_text(study.report(read(runs), folder))
     print(f"{folder / 'report.md'}")
-    if options.again:
-        print(repeated(read(runs), read(checked_in)))
 
 
 if __name__ == "__main__":
