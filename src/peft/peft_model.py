@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from .base.calls.adapter_batch import ADAPTER_BATCHES
 from .base.calls.running import changing
+from .base.calls.stack import run_in
 from .base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from .base.errors import PeftTypeError, PeftValueError, calling_library, warn
 from .base.missing_attribute import PeftAttributeError
@@ -170,8 +172,8 @@ class PeftModel(nn.Module):
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with self.base_model.running_calls.during(kwargs.get("adapter_names")), cached:
             batch = self.base_model.chosen_adapters(args, kwargs, generate)
-            with ADAPTER_BATCHES.during(None) if batch is None else batch.generating(base):
-                return generate(*args, **kwargs)
+            context = (ADAPTER_BATCHES.during, None) if batch is None else (batch.generating, base)
+            return run_in(partial(*context), lambda: generate(*args, **kwargs))
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""

@@ -59,6 +59,37 @@ def test_each_sample_runs_with_its_adapter(method, names):
     torch.testing.assert_close(together, torch.cat(each))
 
 
+class Stream(nn.Module):
+    """A model whose methods are generators, as those that stream their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.layer(x)
+            yield x
+
+    def generate(self, x):
+        for item in self(x):
+            yield item.detach()
+
+
+@pytest.mark.parametrize("run", ["forward", "generate"])
+def test_a_method_that_yields_runs_as_the_call_at_each_item(method, run):
+    """Between items other calls go their own way."""
+    model = three_adapters(Stream(), method, target_modules=["layer"])
+    x, names, seen = torch.randn(3, 8), ["b", "__base__", "a"], []
+    for item in getattr(model, run)(x, adapter_names=names, **all_tasks(method, 3)):
+        seen.append(item)
+        list(model(x[:2], **task_of(method, 0)))
+    assert len(seen) == 2
+    for i, name in enumerate(names):
+        own = alone(model, method, name, i, lambda i, call: list(model(x[i : i + 1], **call)))
+        torch.testing.assert_close([item[i : i + 1] for item in seen], own)
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])

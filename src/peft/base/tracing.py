@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes as numbers under `torch.jit.trace`, which otherwise records sizes as tensors."""
+"""Sizes under `torch.jit.trace`, which records them as tensors, and under `torch.compile`, where
+some are symbols.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -42,3 +44,8 @@ def numel(tensor: Tensor) -> int:
         return tensor.numel()
     with untraced():
         return tensor.numel()
+
+
+def is_one_of(size: int, sizes: Iterable[int | None]) -> bool:
+    """Return `size in sizes`, which a compiler takes to be false for a constant and a symbol."""
+    return any(size == other for other in sizes)

@@ -325,6 +325,18 @@ def test_out_of_range_ids_fail_in_a_compiled_model_too():
             compiled(x, task_ids=torch.tensor(bad))
 
 
+@pytest.mark.compile
+def test_lists_of_task_ids_fit_batches_of_any_size_in_a_compiled_model():
+    """The number of ids is a constant of the graph, that of samples a symbol."""
+    model = get_peft_model(mlp(), config(target_modules=["0"])).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for tasks in ([1, 0, 2, 1], [0, 1, 2], [2, 2]):
+        x = torch.randn(len(tasks), 8)
+        expected = [model(x[i : i + 1], task_ids=task) for i, task in enumerate(tasks)]
+        torch.testing.assert_close(compiled(x, task_ids=tasks), torch.cat(expected))
+
+
 # Merging and growing
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..containers import walk
 from ..errors import PeftValueError
-from ..tracing import shapes
+from ..tracing import is_one_of, shapes
 from .arguments import NO_TOKENS, ArgumentShape, argument_shapes, count_samples, generation_option
 from .layout import SAMPLES_FIRST, RowLayout, is_sequence_first
 from .stack import CallStack
@@ -159,7 +159,8 @@ class CallRows:
         if inner.rows is not None and self.samples and inner.rows != self.samples:
             times, rest = divmod(inner.rows, self.samples)
             is_doubled = self.is_guided and times % 2 == 0 and times // 2 in self.repeats
-            known = is_generating or times in [*self.counts("main"), *self.counts("decoder")]
+            counts = (*self.counts("main"), *self.counts("decoder"))
+            known = is_generating or is_one_of(times, counts)
             if known and not rest and not is_doubled:
                 inner.repeats.append(times)
         return inner
@@ -237,7 +238,7 @@ class CallRows:
         if layout.is_grouped and first % samples == 0:
             return IN_ORDER
         counts = self.counts(layout.stream)
-        if second is not None and first in counts:
+        if second is not None and is_one_of(first, counts):
             owners = self._in_blocks(second, x.device)
             if owners is not None:
                 return owners._replace(sequence_first=True)
@@ -273,7 +274,7 @@ class CallRows:
             number = chosen.number
             if tokens.shape[0] != x.shape[0]:
                 return None
-        if self.rows is None or number not in [self.rows * count for count in counts]:
+        if self.rows is None or not is_one_of(number, (self.rows * n for n in counts)):
             return None
         owners = self._in_blocks(number, x.device, number // self.rows)
         if tokens is None or owners is None:

@@ -4,7 +4,7 @@
 A model does not pass `adapter_names` or `task_ids` on to its layers. A `CallStack` keeps them while
 the call runs, and again while backward recomputes layers (gradient checkpointing). Both end also
 after an error: a running call ends with its frame, a restored call when autograd frees its
-backward pass.
+backward pass. Where a model's method is a generator, it is in progress while an item is made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Generic, TypeAlias, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class CallStack(Generic[T]):
             _remove(calls, call)
 
     def run(self, call: T, function: Callable[[], R]) -> R:
-        """Run a forward as a call, and restore the call when backward reaches the output."""
+        """Run a method as a call, and restore the call when backward reaches the output."""
         recomputes = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         first = _C._autograd._get_sequence_nr() if recomputes else 0
         with self.during(call):
@@ -88,7 +88,7 @@ class CallStack(Generic[T]):
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(hook)
-        return output
+        return lazily(output, functools.partial(self.run, call))
 
     def _restore(self, call: T, nodes: range) -> None:
         calls, backward = self._thread.calls, _Backward()
@@ -97,6 +97,22 @@ class CallStack(Generic[T]):
         )
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(backward)
+
+
+def run_in(context: Callable[[], AbstractContextManager[object]], function: Callable[[], R]) -> R:
+    """Return a function's result, computed in a context; so is each item, if it is an iterator."""
+    with context():
+        output = function()
+    return lazily(output, functools.partial(run_in, context))
+
+
+def lazily(output: R, run: Callable[[Callable[[], object]], object]) -> R:
+    """Return a method's output; if it is an iterator, one that makes each item by `run`."""
+    if not isinstance(output, Iterator):
+        return output
+    end, iterator = object(), output
+    items = (run(lambda: next(iterator, end)) for _ in itertools.repeat(None))
+    return cast(R, itertools.takewhile(lambda item: item is not end, items))
 
 
 class _Backward:

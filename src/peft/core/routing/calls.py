@@ -221,8 +221,7 @@ class Routing:
             call.prompt = PromptTokens(self.is_causal, self.is_encoder_decoder)
             call.prompt.update(arguments, rows, is_nested=False)
             call.prompt.length = None if self.is_encoder_decoder else rows.tokens("main")
-        with self.stack.during(call):
-            return method.run(CALL_ARGUMENTS)
+        return self.stack.run(call, lambda: method.run(CALL_ARGUMENTS))
 
     def layer_call(self, task_ids: object, x: Tensor) -> AbstractContextManager[RoutedCall]:
         """Return the context of a call of one layer by itself."""

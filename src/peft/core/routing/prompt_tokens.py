@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...base.calls.rows import IN_ORDER, CallRows, LayerWithLayout, RowOwners
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
-from ...base.tracing import shapes
+from ...base.tracing import is_one_of, shapes
 from .pooling import pool, prompt_mask
 
 # Largest value of an additive attention mask at a masked token.
@@ -211,7 +211,7 @@ def owners_by_input(
 ) -> RowOwners:
     """Return the owners of the rows of a layer's input, where each row of the forward is routed."""
     owners = rows.owners(x, layer.layout)
-    mixes = x.dim() == 2 or shapes(x)[0][1] in (rows.samples, samples)
+    mixes = x.dim() == 2 or is_one_of(shapes(x)[0][1], (rows.samples, samples))
     if (owners is None and mixes and rows.samples != 1) or (
         owners is not None and owners.owner is not None
     ):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...base.errors import PeftTypeError, PeftValueError
 from ...base.plain_values import plain
 from ...base.suggestions import did_you_mean
-from ...base.tracing import shapes, untraced
+from ...base.tracing import is_one_of, shapes, untraced
 from ...base.validation import number
 
 Shares: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
@@ -64,7 +64,7 @@ def as_task_ids(
     count = shapes(ids)[0][0]
     if count == 0 and argument != "task_ids":
         raise _no_task(argument)
-    fits = count in (1, samples) if samples is not None else count > 0
+    fits = is_one_of(count, (1, samples)) if samples is not None else count > 0
     if ids.dim() != 1 or not fits:
         expected = "one id for each sample"
         if samples is not None:

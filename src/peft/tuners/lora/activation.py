@@ -218,8 +218,7 @@ class Activation:
             )
         else:
             call.starts = self._starts(arguments, names, ids, 0)
-        with ACTIVE_CALLS.during(call):
-            return method.run(CALL_ARGUMENTS)
+        return ACTIVE_CALLS.run(call, lambda: method.run(CALL_ARGUMENTS))
 
     def _enclosing(self, module: nn.Module) -> ActiveCall | None:
         """Return the call of this model that a call of `module` lies in.
