@@ -32,7 +32,7 @@ from .kronecker import (
     kronecker_weight,
 )
 from .lowrank import kronecker_low_rank
-from .norms import column_norms, product_norm, row_norms
+from .norms import product_norm, weight_norms
 from .shapes import Shapes, factorization
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "LoKrLayer", "factorization"]
@@ -234,15 +234,14 @@ class LoKrLayer(LycorisLayer):
 
     def norms(self, adapter_name: str, scaling: float | Tensor) -> Tensor:
         """Return the norms of the rows of `W + ΔW`, or of its columns."""
-        weight = self.geometry.as_stored(base_weight(self))
-        norms = row_norms if self.wd_on_output[adapter_name] else column_norms
-        return norms(
-            weight,
+        return weight_norms(
+            self.geometry.as_stored(base_weight(self)),
             self.factors(adapter_name),
             self.geometry.kernel_size,
             self.scale(adapter_name, scaling),
             self.flat_layout[adapter_name],
             self.row_offset[adapter_name] or 0,
+            by_columns=not self.wd_on_output[adapter_name],
         )
 
     def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:

@@ -20,22 +20,23 @@ from torch import Tensor
 from ...ops.dispatch import shapes, without_autocast
 from .kronecker import KroneckerFactors, dense_left, dense_right
 
-# Einsum equations: `W` with `W1`, then with `W2`; squares of `W1` and of `W2`, their product.
-_EQUATIONS = {
-    "rows": ("acbdt,ab->acdt", "acdt,cdt->ac", ("ab->a", "cdt->c", "a,c->ac")),
-    "columns": ("acbdt,ab->cbdt", "cbdt,cdt->bd", ("ab->b", "cdt->d", "b,d->bd")),
-}
+# Sums over `W [a, c, b, d, taps]` for the norms of rows and of columns: with `W1`, then with `W2`.
+_ROWS = "acbdt,ab->acdt", "acdt,cdt->ac"
+_COLUMNS = "acbdt,ab->cbdt", "cbdt,cdt->bd"
 
 
-def row_norms(
+@torch.no_grad()
+def weight_norms(
     W: Tensor,
     f: KroneckerFactors,
     kernel: tuple[int, ...] = (),
     scale: float | Tensor = 1.0,
     flat: bool = False,
     row_offset: int = 0,
+    by_columns: bool = False,
 ) -> Tensor:
-    """Return the norms of the rows of `W + s·ΔW`, without a gradient.
+    """Return the norms of the rows of `W + s·ΔW`, or of its columns, without a gradient. A column
+    has all weights of one input feature (or channel of a group).
 
     Args:
         W: `[out, in, *kernel]`, of any floating-point dtype.
@@ -44,62 +45,18 @@ def row_norms(
         scale: `s`.
         flat: Swap the two sides of the product, as in `kronecker_weight`.
         row_offset: First row of the product that `ΔW` has.
+        by_columns: Return the norms of columns.
 
     Returns:
-        `[out]`, positive, in float32 or wider, at `out · in · taps` multiplications.
+        `[out]` or `[in]`, positive, in float32 or wider, at `out · in · taps` multiplications.
 
     Example:
         >>> f = KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[0.0, 2.0]]))
-        >>> row_norms(torch.tensor([[3.0, 0.0]]), f)  # of (3, 4)
+        >>> weight_norms(torch.tensor([[3.0, 0.0]]), f)  # of (3, 4)
         tensor([5.])
 
     Source: arXiv:2402.09353, eq. 5
     """
-    return _norms("rows", W, f, kernel, scale, flat, row_offset)
-
-
-def column_norms(
-    W: Tensor,
-    f: KroneckerFactors,
-    kernel: tuple[int, ...] = (),
-    scale: float | Tensor = 1.0,
-    flat: bool = False,
-    row_offset: int = 0,
-) -> Tensor:
-    """Return the norms of the columns of `W + s·ΔW`, without a gradient. A column has all weights
-    of one input feature (or channel of a group).
-
-    Returns:
-        `[in]`, positive, in float32 or wider, at `out · in · taps` multiplications.
-
-    Source: arXiv:2402.09353, eq. 5
-    """
-    return _norms("columns", W, f, kernel, scale, flat, row_offset)
-
-
-def product_norm(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
-    """Return the Frobenius norm `‖W1 ⊗ W2‖ = ‖W1‖ · ‖W2‖`, without a gradient, at one
-    multiplication per element of `W1` and `W2`.
-
-    Example:
-        >>> product_norm(KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[3.0, 4.0]])))
-        tensor(10.)
-    """
-    W1, W2 = dense_left(f).detach(), dense_right(f, kernel).detach()
-    wide = torch.promote_types(W1.dtype, torch.float32)
-    return torch.linalg.vector_norm(W1, dtype=wide) * torch.linalg.vector_norm(W2, dtype=wide)
-
-
-@torch.no_grad()
-def _norms(
-    axis: str,
-    W: Tensor,
-    f: KroneckerFactors,
-    kernel: Sequence[int],
-    scale: float | Tensor,
-    flat: bool,
-    row_offset: int,
-) -> Tensor:
     wide, taps = torch.promote_types(W.dtype, torch.float32), math.prod(kernel)
     with without_autocast(W):
         # `no_grad` does not stop forward-mode gradients, `detach` does.
@@ -114,33 +71,40 @@ def _norms(
         grid = (
             W.view(c, a, d, b, taps).permute(1, 0, 3, 2, 4) if flat else W.reshape(a, c, b, d, taps)
         )
-        by_left, by_right, (square1, square2, both) = _EQUATIONS[axis]
-        if axis == "rows" and not flat:
+        if by_columns or flat:
+            with_left, with_right = _COLUMNS if by_columns else _ROWS
+            partial = torch.einsum(with_left, grid, W1.to(W.dtype)).to(wide)
+            overlap = torch.einsum(with_right, partial, W2.to(wide))
+        else:
             # `W2` first: `W` is contiguous for that product, so it is not copied.
             right_rows = W2.flatten(1).to(W.dtype).repeat(a, 1).unsqueeze(-1)
             partial = torch.bmm(grid.view(a * c, b, d * taps), right_rows).view(a, c, b).to(wide)
             overlap = torch.einsum("acb,ab->ac", partial, W1.to(wide))
+        squares1, squares2 = W1.to(wide).square(), W2.to(wide).square()
+        if not by_columns:
+            squares = squares1.sum(1).outer(squares2.sum((1, 2)))
+        elif a * c == out:
+            squares = squares1.sum(0).outer(squares2.sum((0, 2)))
         else:
-            partial = torch.einsum(by_left, grid, W1.to(W.dtype)).to(wide)
-            overlap = torch.einsum(by_right, partial, W2.to(wide))
-        W1, W2 = W1.to(wide), W2.to(wide)
-        if axis == "columns" and a * c != out:
-            squares = _columns_within(W1, W2, row_offset, out)
-        else:
-            squares = torch.einsum(
-                both, torch.einsum(square1, W1.square()), torch.einsum(square2, W2.square())
-            )
-        dim = [*range(1, W.dim())] if axis == "rows" else [0, *range(2, W.dim())]
-        own = torch.linalg.vector_norm(W, dim=dim, dtype=wide)
+            inside = squares1.new_zeros(a * c)
+            inside[row_offset : row_offset + out] = 1
+            squares = torch.einsum("ac,ab,cdt->bd", inside.view(a, c), squares1, squares2)
+        summed = [0, *range(2, W.dim())] if by_columns else [*range(1, W.dim())]
+        own = torch.linalg.vector_norm(W, dim=summed, dtype=wide)
         added = 2 * scale * overlap + scale * scale * squares
         result = own.square() + (added.mT if flat else added).flatten()
-        result = result[row_offset : row_offset + out] if axis == "rows" else result
+        result = result if by_columns else result[row_offset : row_offset + out]
     return result.clamp_min(torch.finfo(wide).tiny).sqrt()
 
 
-def _columns_within(W1: Tensor, W2: Tensor, first: int, count: int) -> Tensor:
-    """Return the squared norms `[b, d]` of the product's columns over `count` rows from `first`."""
-    a, c = W1.shape[0], W2.shape[0]
-    inside = torch.zeros(a * c, device=W1.device, dtype=W1.dtype)
-    inside[first : first + count] = 1
-    return torch.einsum("ac,ab,cdt->bd", inside.view(a, c), W1.square(), W2.square())
+def product_norm(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
+    """Return the Frobenius norm `‖W1 ⊗ W2‖ = ‖W1‖ · ‖W2‖`, without a gradient, at one
+    multiplication per element of `W1` and `W2`.
+
+    Example:
+        >>> product_norm(KroneckerFactors(w1=torch.tensor([[2.0]]), w2=torch.tensor([[3.0, 4.0]])))
+        tensor(10.)
+    """
+    W1, W2 = dense_left(f).detach(), dense_right(f, kernel).detach()
+    wide = torch.promote_types(W1.dtype, torch.float32)
+    return torch.linalg.vector_norm(W1, dtype=wide) * torch.linalg.vector_norm(W2, dtype=wide)
