@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.core.routing.pooling import pool, prompt_mask
 from peft.tuners.poly import mixing
-from peft.tuners.poly.gating import gates, grow_skills, normalize
+from peft.tuners.poly.gating import gates, normalize
+from peft.tuners.poly.inventory import grow_skills
 from peft.tuners.poly.mixing import (
     decoding_chain,
     mix,
