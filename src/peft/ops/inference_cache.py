@@ -156,11 +156,6 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def running_call() -> _Call | None:
-    """Return the call in progress in this thread."""
-    return _THREAD.call
-
-
 def is_running_often() -> bool:
     """Return whether the call in progress runs the model many times."""
     return _THREAD.call is not None and _THREAD.call.runs_often

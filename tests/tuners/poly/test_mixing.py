@@ -21,7 +21,7 @@ from peft.tuners.poly.inventory import grow_skills
 from peft.tuners.poly.mixing import (
     decoding_chain,
     mix,
-    mixings,
+    mixing_matrix,
     poly_delta,
     rank_space_pays,
     skill_columns,
@@ -109,7 +109,7 @@ def test_decoding_is_the_loop(n_splits: int, tokens: int, in_columns: bool) -> N
     x, weights = normal(5, tokens, 4), normal(5, n_splits, 3)
     columns = skill_columns(A) if in_columns else None
     with torch.no_grad():
-        chain = decoding_chain(x, mixings(weights, 0.5), A, B, tokens, columns)
+        chain = decoding_chain(x, mixing_matrix(weights, 0.5), A, B, tokens, columns)
     torch.testing.assert_close(
         chain.delta().reshape(5, tokens, 6), delta_by_loop(x, weights, A, B, 0.5)
     )

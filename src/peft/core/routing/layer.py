@@ -57,8 +57,8 @@ class RoutingLayer(BaseTunerLayer):
         ):
             return self.apply_adapter(adapter_name, *padded)[real]
 
-    def merged_task(self, adapter_name: str, task_id: object) -> int | None:
-        """Return the task that an adapter is merged for; None if it has one delta for all."""
+    def resolve_task(self, adapter_name: str, task_id: object) -> int | None:
+        """Return the task of a merge, checked; None if the delta is not that of one task."""
         raise NotImplementedError
 
     def note_merges(self, adapter_names: list[str]) -> None:
@@ -66,6 +66,6 @@ class RoutingLayer(BaseTunerLayer):
         super().note_merges(adapter_names)
         options = self._merges.options(self)
         tasks = {
-            name: self.merged_task(name, options[name].get("task_id")) for name in adapter_names
+            name: self.resolve_task(name, options[name].get("task_id")) for name in adapter_names
         }
         self.routing.note_merges(self, {n: task for n, task in tasks.items() if task is not None})

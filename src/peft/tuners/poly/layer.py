@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers with Poly adapters. They hold skills and routers; the math is in `mixing.py`, and
-`routing.py` tells the task of each row.
+"""Layers with Poly adapters. They hold skills and routers; the math is in `mixing.py` and
+`gating.py`, and `core/routing` tells the task of each row.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,8 +30,7 @@ from ...ops.low_rank import LowRank, approximate
 from .mixing import (
     compact_skills,
     decoding_chain,
-    has_small_mixings,
-    mixings,
+    mixing_matrix,
     poly_chain,
     poly_delta,
     rank_space_sizes,
@@ -40,7 +38,7 @@ from .mixing import (
     task_factors,
 )
 from .router import InputRouter, Router, SharedRouter, TaskRouter, make_router
-from .task_skills import TaskSkills
+from .task_skills import TaskSkills, draw_skills
 from .task_table import TaskTable
 
 if TYPE_CHECKING:
@@ -135,15 +133,8 @@ class PolyLayer(RoutingLayer):
 
     @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Initialize the skills, and the router unless it is another layer's. `A` is drawn as by
-        `nn.Linear`; `B` is zero with `init_weights`, else drawn as `A`.
-        """
-        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
-        A.uniform_(-1, 1).mul_(_bound(A.shape[2]))
-        if init_weights:
-            B.zero_()
-        else:
-            B.uniform_(-1, 1).mul_(_bound(B.shape[2]))
+        """Initialize the skills, and the router unless it is another layer's."""
+        draw_skills(self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name], init_weights)
         router = self.poly_router[adapter_name]
         if isinstance(router, Router):
             router.reset_parameters()
@@ -249,14 +240,15 @@ class PolyLayer(RoutingLayer):
             return None
         A, B = self._skills(adapter_name)
         tokens, pays = rank_space_sizes(x, owners, A, B)
-        if not pays or not has_small_mixings(A):
+        ((n_splits, n_skills, _, r),) = shapes(A)
+        if not pays or n_splits * n_skills > 2 * r:  # the matrix is larger than what it mixes
             return None
         every = cached(
             router,
             adapter_name,
-            "mixings",
+            "mixing",
             (table, *router.rows) if router.runs else (table,),
-            lambda: mixings(router.task_weights(), scale).to(A.dtype),
+            lambda: mixing_matrix(router.task_weights(), scale).to(A.dtype),
             (router.gating, scale, A.dtype),
         )
         if every is None:
@@ -344,10 +336,6 @@ class PolyLayer(RoutingLayer):
                 f"Only {n_tasks} tasks available. Found task id = {task_id}; ids count from 0."
             )
         return task_id or 0
-
-    def merged_task(self, adapter_name: str, task_id: object) -> int:
-        """Return the task that an adapter is merged for."""
-        return self.resolve_task(adapter_name, task_id)
 
     def get_delta_weight(
         self, adapter_name: str, task_id: int | None = None, **options: object
@@ -441,8 +429,3 @@ class Linear(PolyLayer):
 def is_fixed(router: nn.Module) -> bool:
     """Return whether a router is never trained."""
     return isinstance(router, TaskRouter) and router.fixed
-
-
-def _bound(fan_in: int) -> float:
-    """Return the bound of `kaiming_uniform_(a=√5)`, with which `nn.Linear` is initialized."""
-    return 1 / math.sqrt(fan_in)

@@ -33,37 +33,6 @@ from ...ops.triton_support import with_kernel
 _MOVE = 8
 
 
-def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Mix in float64, which TF32 settings do not round."""
-    A_w = torch.einsum("bqs,qsdr->bqdr", weights.double(), A.double()).flatten(1, 2)
-    B_w = torch.einsum("bqs,qsrd->brqd", weights.double(), B.double()).flatten(2, 3)
-    return A_w.to(dtype), B_w.to(dtype)
-
-
-def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """Return arguments of `_mix` to try its kernel: factors of several incomplete blocks."""
-
-    def numbers(*shape: int) -> Tensor:
-        values = torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin()
-        return values.view(shape).requires_grad_()
-
-    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), torch.float32
-
-
-@with_kernel(
-    "mix_skills",
-    "Tensor weights, Tensor A, Tensor B, ScalarType dtype",
-    "(Tensor, Tensor)",
-    _example,
-    _mix_exactly,
-)
-def _mix(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weights = weights.to(A.dtype)
-    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
-    B_w = torch.einsum("bqs,qsrd->brqd", weights, B).flatten(2, 3)
-    return A_w.to(dtype), B_w.to(dtype)
-
-
 def mix(weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mix the skills into a pair of factors for each sample, in their dtype or that of autocast.
 
@@ -133,6 +102,50 @@ def poly_chain(
     return _rank_space_chain(x, weights, A, B, skill_columns(A), mixed)
 
 
+def compact_skills(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an equal inventory with the used skills only, if it is smaller.
+
+    If each row of weights has at most `k` nonzero entries, `samples · k` skills suffice: each
+    sample has `k` of them for itself. A single sample then reads `k / n_skills` of the inventory.
+
+    Args:
+        weights: `[..., n_splits, n_skills]` with at most `k` nonzero entries in each row.
+        k: At least 1.
+
+    Returns:
+        Weights, `A` and `B` with `samples · k` skills, or unchanged if that is no fewer.
+
+    Source: follows from the zero weights
+    """
+    samples, (*leading, n_splits, n_skills) = math.prod(weights.shape[:-2]), *shapes(weights)
+    if not _holds(math.prod(leading) * k < n_skills):
+        return weights, A, B
+    values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
+    used = index.transpose(0, 1).flatten(1)  # [n_splits, samples * k]
+    split = torch.arange(n_splits, device=index.device).unsqueeze(-1)
+    own = torch.eye(samples, dtype=values.dtype, device=values.device)
+    compact = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
+    return compact.reshape(*weights.shape[:-1], samples * k), A[split, used], B[split, used]
+
+
+def task_factors(
+    weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mix the skills of one task into LoRA factors of rank `r`: `Δ(x) = x Aᵀ Bᵀ`, exactly.
+
+    Args:
+        weights: `[n_splits, n_skills]`.
+        scale: Factor on the returned `B`.
+
+    Returns:
+        `A [r, in]` and `B [out, r]`, contiguous, oriented as `nn.Linear.weight`.
+
+    Source: arXiv:2202.13914, section 3
+    """
+    A_w, B_w = mix(weights.unsqueeze(0), A, B, scale)
+    return A_w[0].T.contiguous(), B_w[0].T.contiguous()
+
+
 def decoding_chain(
     x: Tensor, mixing: Tensor, A: Tensor, B: Tensor, tokens: int, columns: Tensor | None = None
 ) -> Chain:
@@ -141,7 +154,7 @@ def decoding_chain(
 
     Args:
         x: `[rows, ..., in]`.
-        mixing: `mixings` of each sample.
+        mixing: `mixing_matrix` of each sample.
         tokens: Number of rows of each sample.
         columns: `skill_columns(A)`, if that is cached.
     """
@@ -161,8 +174,8 @@ def decoding_chain(
     return Chain(widened(x, A.dtype), None, (A[0], B.flatten(0, 2), mixing), ends)
 
 
-def mixings(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Return both mixings in rank space as one matrix, `M = scale · w wᵀ`.
+def mixing_matrix(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Return the mixing before and after rank space as one matrix, `M = scale · w wᵀ`.
 
     Args:
         weights: `[batch, n_splits, n_skills]`.
@@ -172,11 +185,6 @@ def mixings(weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """
     w = weights.flatten(1)
     return scaled(w.unsqueeze(2) * w.unsqueeze(1), scale)
-
-
-def has_small_mixings(A: Tensor) -> bool:
-    """Return whether `mixings` are about as small as the results of rank `r` that they mix."""
-    return A.shape[0] * A.shape[1] <= 2 * A.shape[3]
 
 
 def _rank_space_chain(
@@ -225,6 +233,34 @@ def skill_columns(A: Tensor) -> Tensor:
     return A.transpose(1, 2).flatten(2)
 
 
+def rank_space_sizes(x: Tensor, owners: Sequence[int], A: Tensor, B: Tensor) -> tuple[int, bool]:
+    """Return the number of rows of a sample, and whether mixing in rank space pays. `owners` are
+    the leading sizes of the weights.
+    """
+    leading, (n_splits, n_skills, width, _), shape_B = shapes(x, A, B)
+    leading = leading[:-1]
+    if len(owners) > 1:
+        if owners != leading:
+            raise PeftValueError(
+                f"Token-level weights of shape {(*owners, n_splits, n_skills)} do not fit an input "
+                f"of shape {tuple(x.shape)}: all but their last two sizes must be all but its last "
+                "one."
+            )
+        batch, tokens = math.prod(leading), 1
+    else:
+        rows, batch = leading[0], owners[0]
+        # Checked, since a reshape would silently move tokens between samples.
+        if rows != batch and (batch == 0 or rows % batch != 0):
+            raise PeftValueError(
+                f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights "
+                f"for {batch} samples: the rows must be a multiple of the samples."
+            )
+        # Rows of one sample become one sequence, so its factors are mixed once and never repeated.
+        tokens = math.prod(leading) // max(batch, 1)
+    features = n_splits * (width + shape_B[-1])
+    return tokens, rank_space_pays(batch, tokens, features, n_splits, n_skills)
+
+
 def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_skills: int) -> bool:
     """Return whether mixing in rank space is cheaper than mixing factors.
 
@@ -252,50 +288,6 @@ def rank_space_pays(batch: int, tokens: int, features: int, n_splits: int, n_ski
     return _holds(factors - rank_space > 0)
 
 
-def compact_skills(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an equal inventory with the used skills only, if it is smaller.
-
-    If each row of weights has at most `k` nonzero entries, `samples · k` skills suffice: each
-    sample has `k` of them for itself. A single sample then reads `k / n_skills` of the inventory.
-
-    Args:
-        weights: `[..., n_splits, n_skills]` with at most `k` nonzero entries in each row.
-        k: At least 1.
-
-    Returns:
-        Weights, `A` and `B` with `samples · k` skills, or unchanged if that is no fewer.
-
-    Source: follows from the zero weights
-    """
-    samples, (*leading, n_splits, n_skills) = math.prod(weights.shape[:-2]), *shapes(weights)
-    if not _holds(math.prod(leading) * k < n_skills):
-        return weights, A, B
-    values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
-    used = index.transpose(0, 1).flatten(1)  # [n_splits, samples * k]
-    split = torch.arange(n_splits, device=index.device).unsqueeze(-1)
-    own = torch.eye(samples, dtype=values.dtype, device=values.device)
-    compact = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
-    return compact.reshape(*weights.shape[:-1], samples * k), A[split, used], B[split, used]
-
-
-def task_factors(
-    weights: Tensor, A: Tensor, B: Tensor, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Mix the skills of one task into LoRA factors of rank `r`: `Δ(x) = x Aᵀ Bᵀ`, exactly.
-
-    Args:
-        weights: `[n_splits, n_skills]`.
-        scale: Factor on the returned `B`.
-
-    Returns:
-        `A [r, in]` and `B [out, r]`, contiguous, oriented as `nn.Linear.weight`.
-
-    Source: arXiv:2202.13914, section 3
-    """
-    A_w, B_w = mix(weights.unsqueeze(0), A, B, scale)
-    return A_w[0].T.contiguous(), B_w[0].T.contiguous()
-
-
 def _holds(condition: bool) -> bool:
     """Return a condition on sizes. Under `torch.compile` it is whether the condition holds for all
     sizes of the graph, so that one graph serves all.
@@ -307,29 +299,33 @@ def _holds(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def rank_space_sizes(x: Tensor, owners: Sequence[int], A: Tensor, B: Tensor) -> tuple[int, bool]:
-    """Return the number of rows of a sample, and whether mixing in rank space pays. `owners` are
-    the leading sizes of the weights.
-    """
-    leading, (n_splits, n_skills, width, _), shape_B = shapes(x, A, B)
-    leading = leading[:-1]
-    if len(owners) > 1:
-        if owners != leading:
-            raise PeftValueError(
-                f"Token-level weights of shape {(*owners, n_splits, n_skills)} do not fit an input "
-                f"of shape {tuple(x.shape)}: all but their last two sizes must be all but its last "
-                "one."
-            )
-        batch, tokens = math.prod(leading), 1
-    else:
-        rows, batch = leading[0], owners[0]
-        # Checked, since a reshape would silently move tokens between samples.
-        if rows != batch and (batch == 0 or rows % batch != 0):
-            raise PeftValueError(
-                f"An input of {rows} rows (shape {tuple(x.shape)}) does not fit routing weights "
-                f"for {batch} samples: the rows must be a multiple of the samples."
-            )
-        # Rows of one sample become one sequence, so its factors are mixed once and never repeated.
-        tokens = math.prod(leading) // max(batch, 1)
-    features = n_splits * (width + shape_B[-1])
-    return tokens, rank_space_pays(batch, tokens, features, n_splits, n_skills)
+def _mix_exactly(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Mix in float64, which TF32 settings do not round."""
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights.double(), A.double()).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", weights.double(), B.double()).flatten(2, 3)
+    return A_w.to(dtype), B_w.to(dtype)
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """Return arguments of `_mix` to try its kernel: factors of several incomplete blocks."""
+
+    def numbers(*shape: int) -> Tensor:
+        values = torch.arange(math.prod(shape), device=device, dtype=torch.float32).sin()
+        return values.view(shape).requires_grad_()
+
+    return numbers(3, 2, 3), numbers(2, 3, 50, 3), numbers(2, 3, 3, 70), torch.float32
+
+
+@with_kernel(
+    "mix_skills",
+    "Tensor weights, Tensor A, Tensor B, ScalarType dtype",
+    "(Tensor, Tensor)",
+    _example,
+    _mix_exactly,
+)
+def _mix(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `A_w`, whose splits are `Σ_s w[q, s] A[q, s]`, and `B_w`, in a dtype."""
+    weights = weights.to(A.dtype)
+    A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
+    B_w = torch.einsum("bqs,qsrd->brqd", weights, B).flatten(2, 3)
+    return A_w.to(dtype), B_w.to(dtype)

@@ -15,6 +15,17 @@ from ...ops.dispatch import shapes
 from .task_table import TaskTable
 
 
+def draw_skills(A: Tensor, B: Tensor, init_weights: bool = True) -> None:
+    """Fill skills `A […, in, r]` and `B […, r, out]` with initial values: `A` as `nn.Linear` draws
+    its weight, `B` with zeros, or as `A` if not `init_weights`.
+    """
+    A.uniform_(-1, 1).mul_(1 / math.sqrt(A.shape[-2]))
+    if init_weights:
+        B.zero_()
+    else:
+        B.uniform_(-1, 1).mul_(1 / math.sqrt(B.shape[-2]))
+
+
 class _Factor(TaskTable):
     """One factor of every task's skill, `[n_tasks, rows, columns]`."""
 
@@ -45,20 +56,9 @@ class TaskSkills(nn.Module):
     def reset_parameters(self, init_weights: bool = True) -> None:
         """Draw every task's skill again; with `init_weights` it starts without effect."""
         A, B = torch.empty_like(self.A.values), torch.empty_like(self.B.values)
-        self.draw(A, B, init_weights)
+        draw_skills(A, B, init_weights)
         self.A.overwrite(A)
         self.B.overwrite(B)
-
-    @staticmethod
-    def draw(A: Tensor, B: Tensor, init_weights: bool = True) -> None:
-        """Fill factors with initial values: `A` as `nn.Linear` draws its weight, `B` with zeros, or
-        as `A` if not `init_weights`.
-        """
-        A.uniform_(-1, 1).mul_(1 / math.sqrt(A.shape[1]))
-        if init_weights:
-            B.zero_()
-        else:
-            B.uniform_(-1, 1).mul_(1 / math.sqrt(B.shape[1]))
 
     @property
     def rank(self) -> int:
@@ -109,6 +109,6 @@ class TaskSkills(nn.Module):
         new = [i for i, task in enumerate(origin) if task is None]
         if new and not isinstance(start, int):
             fresh = A[new], B[new]
-            self.draw(*fresh)
+            draw_skills(*fresh)
             A[new], B[new] = fresh
         return A, B

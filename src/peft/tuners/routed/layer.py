@@ -274,8 +274,8 @@ class RoutedLayer(RoutingLayer):
             shares[number] = share * (1.0 if is_blend else weights[number])
         return shares
 
-    def merged_task(self, adapter_name: str, task_id: object) -> int | None:
-        """Return the expert that an adapter is merged for, None for a blend."""
+    def resolve_task(self, adapter_name: str, task_id: object) -> int | None:
+        """Return the expert of a merge, None for a blend."""
         return task_id if is_int(task_id) else None
 
     def delta_recipe(
