@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..core.base_layer import geometry
 from ..core.layer import BaseTunerLayer
 from ..core.method_info import AdapterCost
 from ..core.parameter_layer import ParameterLayer
-from ..core.targets import pattern_value
+from ..core.tuner import BaseTuner
 from ..ops.grouped import GroupedRows
 
 __all__ = ["LycorisConfig", "LycorisLayer", "LycorisTuner"]
@@ -35,16 +35,7 @@ class _DropoutConfig(Protocol):
     def rank_dropout_scale(self) -> bool: ...
 
 
-class _PatternedConfig(Protocol):
-    """Rank and alpha of an adapter, which patterns change for some modules."""
-
-    r: int
-    alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-
-
-C = TypeVar("C", bound=_PatternedConfig)
+C = TypeVar("C", bound=LycorisConfig)
 
 
 class LycorisLayer(BaseTunerLayer):
@@ -197,8 +188,8 @@ class LycorisParameters(ParameterLayer, LycorisLayer):
         return self.drop_module(adapter_name, self.drop_rows(adapter_name, delta))
 
 
-class LycorisTuner(Generic[C]):
-    """A mixin for tuners of LyCORIS layers: rank and alpha may be chosen by module."""
+class LycorisTuner(BaseTuner[C]):
+    """A model with adapters of a LyCORIS method, which adapts linear layers and convolutions."""
 
     # Classes of layers by the number of axes of the kernel.
     layer_classes: ClassVar[tuple[type[LycorisLayer], ...]]
@@ -211,10 +202,3 @@ class LycorisTuner(Generic[C]):
         """Return the class of layer for the module's number of kernel axes."""
         size = geometry(module)
         return None if size is None else self.layer_classes[len(size.kernel_size)]
-
-    def tuner_layer_options(self, config: C, path: str, build: object) -> dict[str, object]:
-        """Return rank and alpha for the module at `path`."""
-        return {
-            "r": pattern_value(config.rank_pattern, path, config.r),
-            "alpha": pattern_value(config.alpha_pattern, path, config.alpha),
-        }

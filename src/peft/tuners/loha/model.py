@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
 from ...core.method_info import Role
-from ...core.tuner import BaseTuner
+from ...core.targets import pattern_value
 from ..lycoris_utils import LycorisTuner
 from .config import LoHaConfig
 from .layer import Conv1d, Conv2d, Conv3d, Linear, LoHaLayer
@@ -31,7 +31,7 @@ class LoHaFormat(CheckpointFormat[LoHaConfig]):
         return ModuleShape(a[0], b[1], b[0])
 
 
-class LoHaModel(LycorisTuner[LoHaConfig], BaseTuner[LoHaConfig]):
+class LoHaModel(LycorisTuner[LoHaConfig]):
     """A model with LoHa adapters: `W + (alpha / r) · (w1_a·w1_b) ∘ (w2_a·w2_b)` in every adapted
     layer.
 
@@ -56,3 +56,12 @@ class LoHaModel(LycorisTuner[LoHaConfig], BaseTuner[LoHaConfig]):
         "B": Role(("hada_w1_a", "hada_w2_a")),
         "full": Role(("hada_t1", "hada_t2")),
     }
+
+    def tuner_layer_options(
+        self, config: LoHaConfig, path: str, build: object
+    ) -> dict[str, object]:
+        """Return rank and alpha for the module at `path`."""
+        return {
+            "r": pattern_value(config.rank_pattern, path, config.r),
+            "alpha": pattern_value(config.alpha_pattern, path, config.alpha),
+        }

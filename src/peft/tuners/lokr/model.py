@@ -17,7 +17,6 @@ from ...core.combining import Combination, Combined
 from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_targets import ParameterTarget
-from ...core.tuner import BaseTuner
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig, layer_options
@@ -49,7 +48,7 @@ class LoKrFormat(CheckpointFormat[LoKrConfig]):
         return ModuleShape(a * c, b * d, low[0] if low else None, kernel)
 
 
-class LoKrModel(LycorisTuner[LoKrConfig], BaseTuner[LoKrConfig]):
+class LoKrModel(LycorisTuner[LoKrConfig]):
     """Tuner of LoKr: `W + (alpha / r) · (W1 ⊗ W2)` in every adapted layer.
 
     Example:

@@ -337,12 +337,6 @@ class PolyLayer(RoutingLayer):
             )
         return task_id or 0
 
-    def get_delta_weight(
-        self, adapter_name: str, task_id: int | None = None, **options: object
-    ) -> Tensor:
-        """Return one task's delta, of rank `r`, in the base weight's layout."""
-        return self.delta_recipe(adapter_name, task_id=task_id).weight()
-
     def delta_recipe(
         self, adapter_name: str, task_id: int | None = None, **options: object
     ) -> Recipe:

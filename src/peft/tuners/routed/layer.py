@@ -287,12 +287,6 @@ class RoutedLayer(RoutingLayer):
         pair = A, B * self.scaling[adapter_name]
         return Recipe(sum_of_products, (self.geometry, pair))
 
-    def get_delta_weight(
-        self, adapter_name: str, task_id: int | Mapping[int, float] | None = None, **options: object
-    ) -> Tensor:
-        """Return the delta of an expert, or of a blend, in the base weight's layout."""
-        return self.delta_recipe(adapter_name, task_id).weight()
-
     def low_rank_factors(
         self,
         adapter_name: str,
