@@ -137,7 +137,7 @@ def test_the_nearest_product_to_a_sum(options, kernel):
         (0.4, factors(options, kernel, 3)),
     ]
     whole = sum(factor * kronecker_weight(f, kernel).flatten(1) for factor, f in terms)
-    found = nearest_product(terms)
+    found = nearest_product(terms, kernel=kernel)
     a, b = found.W1.shape
     values = torch.linalg.svdvals(rearranged(whole, a, b))
     product = torch.kron(found.W1, found.W2_a @ found.W2_b)
@@ -145,7 +145,7 @@ def test_the_nearest_product_to_a_sum(options, kernel):
     assert lost == pytest.approx(float(values[1:].norm() / values.norm()), abs=1e-9)
     assert found.error == pytest.approx(lost, abs=1e-9)
     assert found.norm == pytest.approx(float(whole.norm()))
-    cut = nearest_product(terms, 1)
+    cut = nearest_product(terms, 1, kernel)
     assert cut.W2_a.shape[1] == 1
     lost = float((torch.kron(cut.W1, cut.W2_a @ cut.W2_b) - whole).norm() / whole.norm())
     assert cut.error == pytest.approx(lost, abs=1e-9)
@@ -153,7 +153,7 @@ def test_the_nearest_product_to_a_sum(options, kernel):
 
 def test_one_term_is_its_own_nearest_product():
     f = factors({"r": 2}, (3, 3))
-    found = nearest_product([(-3.0, f)], 2)
+    found = nearest_product([(-3.0, f)], 2, (3, 3))
     assert found.error == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(
         torch.kron(found.W1, found.W2_a @ found.W2_b), dense(f, (3, 3), -3.0), rtol=0, atol=1e-11

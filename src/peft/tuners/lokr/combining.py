@@ -63,7 +63,7 @@ def combine(
         terms = [
             (weight * float(layer.scale(name)), layer.factors(name)) for name, weight in present
         ]
-        nearest = nearest_product(terms, None if "w2" in shapes else r)
+        nearest = nearest_product(terms, None if "w2" in shapes else r, layer.geometry.kernel_size)
         result.errors[path] = nearest.error
         result.tensors[f"{path}.lokr_w1"] = nearest.W1
         if "w2" in shapes:

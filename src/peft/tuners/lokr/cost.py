@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
+
 from ...base.geometry import Geometry, columns
 from ...core.method_info import AdapterCost
-from .order import contraction_order
+from .kronecker import KroneckerFactors, cheapest_order, left_maps, multiply, right_maps
 from .shapes import Shapes, sides
 
 
@@ -23,27 +25,14 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
 
     Source: arXiv:2309.14859, appendix B.3
     """
-    taps = math.prod(size.kernel_size)
-    (a, b), (c, d) = sides(shapes, taps)
-    # A linear layer multiplies a low-rank `W1` first.
-    is_one = "w1" in shapes or not size.kernel_size
-    left: tuple[int, ...] = (b, a) if is_one else (b, shapes["w1_a"][1], a)
-    right: tuple[int, ...] = (d, c)
-    spatial = 0
-    if "t2" in shapes:
-        right, spatial = (d, *shapes["t2"][1::-1], c), 1
-    elif "w2" not in shapes:
-        right = (d, shapes["w2_b"][0], c)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    f = KroneckerFactors(**tensors)
+    w1s, w2s = left_maps(f), right_maps(f, size.kernel_size)
+    if not size.kernel_size:  # a linear layer multiplies a low-rank `W1` first
+        w1s = (multiply(w1s),)
     # Exact if each group has full blocks of rows; else an upper bound.
-    parts = groups if a % groups == 0 else 1
-    left = (*left[:-1], left[-1] // parts)
-    spatial = spatial if size.kernel_size else -1
-    return (
-        parts
-        * contraction_order(
-            left, right, spatial=spatial, taps=taps, stride=positions
-        ).multiplications
-    )
+    parts = groups if w1s[-1].shape[0] % groups == 0 else 1
+    return parts * cheapest_order(w1s, w2s, (parts, 1), positions).multiplications
 
 
 def largest_rank(shapes: Shapes, size: Geometry) -> int:

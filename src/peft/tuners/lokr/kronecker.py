@@ -37,7 +37,7 @@ from ...ops.dispatch import shapes
 from ...ops.fused_linear import Chain
 from ...ops.mixed_precision import widened
 from .blocks import BLOCKS
-from .order import State, contraction_order
+from .order import Contraction, State, contraction_order
 
 Maps: TypeAlias = tuple[Tensor, ...]
 """Maps `[to, from]` of one side of the product, the first applied first."""
@@ -83,7 +83,7 @@ def dense_left(f: KroneckerFactors) -> Tensor:
 
     Source: arXiv:2309.14859, eq. 4
     """
-    return _multiply(_left_maps(f))
+    return multiply(left_maps(f))
 
 
 def dense_right(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
@@ -92,7 +92,7 @@ def dense_right(f: KroneckerFactors, kernel: Sequence[int] = ()) -> Tensor:
 
     Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
     """
-    return _multiply(_right_maps(f, kernel))
+    return multiply(right_maps(f, kernel))
 
 
 def kronecker_weight(
@@ -149,7 +149,7 @@ def kronecker_linear(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0
 
     Source: arXiv:2212.10650; arXiv:2309.14859, eq. 4
     """
-    (a, _), (c, _) = shapes(_left_maps(f)[-1], _right_maps(f, ())[-1])
+    (a, _), (c, _) = shapes(left_maps(f)[-1], right_maps(f, ())[-1])
     return kronecker_chain(x, f, scale).delta().reshape(*x.shape[:-1], a * c)
 
 
@@ -167,16 +167,16 @@ def kronecker_chain(x: Tensor, f: KroneckerFactors, scale: float | Tensor = 1.0)
 
     Source: arXiv:2309.14859, eq. 4
     """
-    w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, ()), scale)
-    w1 = _multiply(w1s)
+    w1s, w2s = _fold_scale(left_maps(f), right_maps(f, ()), scale)
+    w1 = multiply(w1s)
     # Of two equally cheap orders, the one that begins with `W1` has fewer products in backward; the
     # other one begins with a product, which can read an input in another precision.
-    order = _order((w1,), w2s, left_first=x.dtype == w1.dtype)
+    order = cheapest_order((w1,), w2s, left_first=x.dtype == w1.dtype).states
     n = next(j for i, j in order if i == 1)
-    up = (_multiply(w2s[n:]).T,) if n < len(w2s) else ()
+    up = (multiply(w2s[n:]).T,) if n < len(w2s) else ()
     if n == 0:
         return Chain(widened(x, w1.dtype), None, (w1, *up), BLOCKS)
-    return Chain(x, _multiply(w2s[:n]).T, (w1, *up), BLOCKS)
+    return Chain(x, multiply(w2s[:n]).T, (w1, *up), BLOCKS)
 
 
 def kronecker_conv(
@@ -221,7 +221,7 @@ def kronecker_conv(
     Source: arXiv:2309.14859, eq. 4; arXiv:2108.06098, proposition 3
     """
     conv = functools.partial(_CONV[len(kernel)], stride=stride, padding=padding, dilation=dilation)
-    w1s, w2s = _fold_scale(_left_maps(f), _right_maps(f, kernel), scale)
+    w1s, w2s = _fold_scale(left_maps(f), right_maps(f, kernel), scale)
     (a, *_), (_, b, *_), (c, *_), (_, d, *_) = shapes(w1s[-1], w1s[0], w2s[-1], w2s[0])
     if b * d == 1:
         return conv(x, kronecker_weight(f, kernel, scale, flat), groups=groups)
@@ -237,13 +237,13 @@ def kronecker_conv(
     positions = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
     grid = grid.movedim((1, 2), (3, 4)) if flat else grid
     (_, left_groups, _, right_groups, *_), *_ = shapes(grid)
-    order = _order(w1s, w2s, (left_groups, right_groups), positions)
+    order = cheapest_order(w1s, w2s, (left_groups, right_groups), positions).states
     y = _apply_maps(grid, w1s, w2s, order, conv)
     y = (y.movedim((1, 2), (3, 4)) if flat else y).flatten(1, 4)
     return y if x.dim() == y.dim() else y[0]
 
 
-def _left_maps(f: KroneckerFactors) -> Maps:
+def left_maps(f: KroneckerFactors) -> Maps:
     """Return the maps of `W1`."""
     if f.w1 is not None:
         return (f.w1,)
@@ -251,7 +251,7 @@ def _left_maps(f: KroneckerFactors) -> Maps:
     return f.w1_b, f.w1_a
 
 
-def _right_maps(f: KroneckerFactors, kernel: Sequence[int]) -> Maps:
+def right_maps(f: KroneckerFactors, kernel: Sequence[int]) -> Maps:
     """Return the maps of `W2`; the one with the kernel is `[to, from, *kernel]`."""
     if f.w2 is not None:
         return (f.w2.reshape(*f.w2.shape[:2], *kernel),)
@@ -261,7 +261,7 @@ def _right_maps(f: KroneckerFactors, kernel: Sequence[int]) -> Maps:
     return f.w2_b.reshape(f.w2_b.shape[0], -1, *kernel) if kernel else f.w2_b, f.w2_a
 
 
-def _multiply(maps: Maps) -> Tensor:
+def multiply(maps: Maps) -> Tensor:
     """Multiply consecutive maps into one `[to, from, *kernel]`."""
     first = maps[0]
     for then in maps[1:]:
@@ -280,20 +280,20 @@ def _fold_scale(w1s: Maps, w2s: Maps, scale: float | Tensor) -> tuple[Maps, Maps
     return tuple(maps[: len(w1s)]), tuple(maps[len(w1s) :])
 
 
-def _order(
+def cheapest_order(
     w1s: Maps, w2s: Maps, groups: Pair = (1, 1), positions: int = 1, left_first: bool = False
-) -> tuple[State, ...]:
+) -> Contraction:
     """Return the cheapest order of contraction, for the groups of both sides; `positions` is inputs
     per output position.
     """
     # `torch.compile` warns about cached functions.
-    find = _states if torch.compiler.is_compiling() else _cached_states
+    find = _contraction if torch.compiler.is_compiling() else _cached_contraction
     return find(tuple(shapes(*w1s)), tuple(shapes(*w2s)), groups, positions, left_first)
 
 
-def _states(
+def _contraction(
     left: MapShapes, right: MapShapes, groups: Pair, positions: int, left_first: bool
-) -> tuple[State, ...]:
+) -> Contraction:
     spatial = next((j for j, shape in enumerate(right) if len(shape) > 2), -1)
     return contraction_order(
         (*(shape[1] for shape in left), left[-1][0] // groups[0]),
@@ -302,10 +302,10 @@ def _states(
         taps=math.prod(right[spatial][2:]),
         stride=positions,
         left_first=left_first,
-    ).states
+    )
 
 
-_cached_states = functools.cache(_states)
+_cached_contraction = functools.cache(_contraction)
 
 
 def _apply_maps(
@@ -325,9 +325,9 @@ def _apply_maps(
     (_, left_groups, _, right_groups, *_), *_ = shapes(z)
     for to_i, to_j in order:
         if to_i > i:
-            z = _pointwise(z, _multiply(w1s[i:to_i]), 2, left_groups if to_i == len(w1s) else 1)
+            z = _pointwise(z, multiply(w1s[i:to_i]), 2, left_groups if to_i == len(w1s) else 1)
         else:
-            w, groups = _multiply(w2s[j:to_j]), right_groups if to_j == len(w2s) else 1
+            w, groups = multiply(w2s[j:to_j]), right_groups if to_j == len(w2s) else 1
             z = _pointwise(z, w, 4, groups) if w.dim() == 2 else _spatial(z, w, groups, conv)
         i, j = to_i, to_j
     return z

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...ops.low_rank import LowRank, SingularTriples, dense_svd, kept, norm, product_svd, tail, wide
-from .kronecker import KroneckerFactors
+from .kronecker import KroneckerFactors, Maps, left_maps, multiply, right_maps
 
 
 class NearestProduct(NamedTuple):
@@ -72,7 +72,7 @@ def kronecker_low_rank(
 
     Source: Van Loan and Pitsianis, 1993, section 1 (singular values of a Kronecker product)
     """
-    (U1, S1, V1), (U2, S2, V2) = _svd(*_left(f)), _svd(*_right(f))
+    (U1, S1, V1), (U2, S2, V2) = _svd(left_maps(f)), _svd(right_maps(f, kernel))
     values, order = (S1[:, None] * S2 * abs(scale)).flatten().sort(descending=True)
     k = kept(values, rank)
     i, j = order[:k] // len(S2), order[:k] % len(S2)
@@ -80,13 +80,14 @@ def kronecker_low_rank(
     taps = math.prod(kernel)
     B = _pairs(U1[:, i], U2[:, j], flat) * math.copysign(1, scale)
     A = _pairs(V1[:, i], V2[:, j].unflatten(0, (-1, taps)), flat)
-    dtype = next(factor.dtype for factor in f if factor is not None)
-    B, A = (B * root).to(dtype), (A.flatten(0, 1) * root).mT.to(dtype)
+    B, A = (B * root).to(f.dtype), (A.flatten(0, 1) * root).mT.to(f.dtype)
     return LowRank(A.contiguous(), B.contiguous(), tail(values, k), norm(values))
 
 
 def nearest_product(
-    terms: Sequence[tuple[float, KroneckerFactors]], rank: int | None = None
+    terms: Sequence[tuple[float, KroneckerFactors]],
+    rank: int | None = None,
+    kernel: Sequence[int] = (),
 ) -> NearestProduct:
     """Return the Kronecker product nearest to a weighted sum, `Σ_i f_i · (W1_i ⊗ W2_i)`.
 
@@ -98,6 +99,7 @@ def nearest_product(
     Args:
         terms: `f_i` and the tensors of each adapter, all with the same `a`, `b`, `c` and `d`.
         rank: Largest rank of `W2`, None for no limit.
+        kernel: Kernel size of a convolution; empty for a linear layer.
 
     Returns:
         Both sides in the precision of the computation, at `m² · (a·b + c·d·taps)` multiplications
@@ -105,8 +107,8 @@ def nearest_product(
 
     Source: Van Loan and Pitsianis, 1993, section 2
     """
-    lefts = [_multiplied(*_left(f)) * factor for factor, f in terms]
-    rights = [_multiplied(*_right(f)) for _, f in terms]
+    lefts = [multiply(tuple(map(wide, left_maps(f)))) * factor for factor, f in terms]
+    rights = [multiply(tuple(map(wide, right_maps(f, kernel)))).flatten(1) for _, f in terms]
     rows = torch.stack([W1.flatten() for W1 in lefts], dim=1)
     columns = torch.stack([W2.flatten() for W2 in rights])
     U, S, V = product_svd(rows, columns)
@@ -125,30 +127,12 @@ def nearest_product(
     )
 
 
-def _left(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
-    """Return `W1` as `[a, r]` and `[r, b]`, or in full and None."""
-    if f.w1 is not None:
-        return f.w1, None
-    assert f.w1_a is not None
-    return f.w1_a, f.w1_b
-
-
-def _right(f: KroneckerFactors) -> tuple[Tensor, Tensor | None]:
-    """Return `W2` as `[c, r]` and `[r, d · taps]`, or in full, `[c, d · taps]`, and None."""
-    if f.w2 is not None:
-        return f.w2.flatten(1), None
-    assert f.w2_a is not None and f.w2_b is not None
-    if f.t2 is None:
-        return f.w2_a, f.w2_b
-    return f.w2_a.mT, torch.einsum("ij...,jq->iq...", f.t2, f.w2_b).flatten(1)
-
-
-def _multiplied(B: Tensor, A: Tensor | None) -> Tensor:
-    return wide(B) if A is None else wide(B) @ wide(A)
-
-
-def _svd(B: Tensor, A: Tensor | None) -> SingularTriples:
-    return dense_svd(B) if A is None else product_svd(B, A)
+def _svd(maps: Maps) -> SingularTriples:
+    """Return the singular values and vectors of maps multiplied, `[to, from · taps]`."""
+    *first, last = maps
+    if not first:
+        return dense_svd(last.flatten(1))
+    return product_svd(last, multiply(tuple(first)).flatten(1))
 
 
 def _pairs(first: Tensor, second: Tensor, flat: bool) -> Tensor:
