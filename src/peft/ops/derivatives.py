@@ -29,10 +29,10 @@ def gradients_again(
         aliases = {i: argument.view_as(argument) for i, argument in sought if argument is not None}
         results = function(*[aliases.get(i, argument) for i, argument in enumerate(arguments)])
     sources, again = tuple(aliases.values()), torch.is_grad_enabled()
-    found = (
+    computed = (
         torch.autograd.grad(results, sources, of_results, create_graph=again, allow_unused=True)
         if sources
         else ()
     )
-    gradients = dict(zip(aliases, found, strict=True))
+    gradients = dict(zip(aliases, computed, strict=True))
     return [gradients.get(i) for i in range(len(wanted))]

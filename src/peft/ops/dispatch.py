@@ -76,13 +76,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def are_unhooked(modules: Iterable[nn.Module], kind: type[nn.Module]) -> bool:
     """Return whether modules run the forward of `kind` alone: no hooks, no replaced forward."""
     for module in modules:
-        own = module.__dict__
+        attributes = module.__dict__
         if type(module) is not kind or (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
         ):
             return False
     return not (

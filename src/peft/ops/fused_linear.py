@@ -290,10 +290,10 @@ def _through_middle(
         return gradients(rows.contiguous(), product, factors, wanted)
 
     def of_ends(p: Tensor, up: Tensor, for_p: bool, for_up: bool) -> list[Tensor | None]:
-        given = rows.reshape(*p.shape[:-1], up.shape[-1])
+        gradient = rows.reshape(*p.shape[:-1], up.shape[-1])
         return [
-            mixed_precision.down(given, up.mT, ctx.scale) if for_p else None,
-            mixed_precision.across(p, given, ctx.scale) if for_up else None,
+            mixed_precision.down(gradient, up.mT, ctx.scale) if for_p else None,
+            mixed_precision.across(p, gradient, ctx.scale) if for_up else None,
         ]
 
     if ctx.middle is Ends:
@@ -306,13 +306,13 @@ def _through_middle(
     ]
     with torch.enable_grad():
         ends = ctx.middle(*sources)
-    results, given = (
+    results, of_results = (
         ((ends,), [rows.reshape(ends.shape).to(ends.dtype)])
         if isinstance(ends, Tensor)
         else (ends, of_ends(*ends, ends.p.requires_grad, ends.up.requires_grad))
     )
-    pairs = [pair for pair in zip(results, given, strict=True) if pair[0].requires_grad]
-    found = iter(
+    pairs = [pair for pair in zip(results, of_results, strict=True) if pair[0].requires_grad]
+    computed = iter(
         torch.autograd.grad(
             [result for result, _ in pairs],
             [source for source in sources if source.requires_grad],
@@ -320,4 +320,4 @@ def _through_middle(
             allow_unused=True,
         )
     )
-    return [next(found) if want else None for want in wanted]
+    return [next(computed) if want else None for want in wanted]

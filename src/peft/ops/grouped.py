@@ -46,11 +46,11 @@ class GroupedRows:
         """Return values of samples, `[samples, …]`, as values of the rows, `[rows, …]`; `owners`
         tells the sample of each token.
         """
-        own = owners.expand(values, self.tokens)
-        (samples, *_), (tokens, *_) = shapes(own, self.tokens)
+        by_token = owners.expand(values, self.tokens)
+        (samples, *_), (tokens, *_) = shapes(by_token, self.tokens)
         if samples != tokens:
-            own = own.repeat_interleave(tokens // samples, 0)
-        return own[self.token]
+            by_token = by_token.repeat_interleave(tokens // samples, 0)
+        return by_token[self.token]
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -182,39 +182,41 @@ class _WithKernel:
         ctx.save_for_backward(*inputs[: self.operands])
         ctx.options, ctx.kernels = inputs[self.operands :], None
 
-    def backward(self, ctx: _Context, *given: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: _Context, *of_results: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients for the arguments, which can be differentiated again."""
         args: tuple[Any, ...] = *ctx.saved_tensors, *ctx.options
         wanted = ctx.needs_input_grad[: self.operands]
-        if torch.is_grad_enabled() or any(map(is_batched, given)):
-            found = self.plain_gradients(args, given, wanted)
+        if torch.is_grad_enabled() or any(map(is_batched, of_results)):
+            gradients = self.plain_gradients(args, of_results, wanted)
         else:
             make = self.of_gradients if ctx.kernels is None else ctx.kernels.backward
-            each = iter(make(*args, given, wanted))
-            found = [next(each) if want else None for want in wanted]
-        return *found, *[None] * len(ctx.options)
+            computed = iter(make(*args, of_results, wanted))
+            gradients = [next(computed) if want else None for want in wanted]
+        return *gradients, *[None] * len(ctx.options)
 
     def gradients(self, *args: Any) -> Sequence[Tensor]:
         """Compute the wanted gradients, without a record for gradients."""
-        *own, given, wanted = args
-        kernels = self.kernels(tuple(own))
+        *inputs, of_results, wanted = args
+        kernels = self.kernels(tuple(inputs))
         if kernels is not None:
             return kernels.backward(*args)
         for i, want in enumerate(wanted):
-            own[i] = own[i].detach().requires_grad_() if want else own[i]
-        found = self.plain_gradients(tuple(own), given, wanted)
+            inputs[i] = inputs[i].detach().requires_grad_() if want else inputs[i]
+        by_input = self.plain_gradients(tuple(inputs), of_results, wanted)
         return [
             _copied(torch.zeros_like(tensor) if gradient is None else gradient)
-            for tensor, gradient, want in zip(own, found, wanted, strict=False)
+            for tensor, gradient, want in zip(inputs, by_input, wanted, strict=False)
             if want
         ]
 
     def plain_gradients(
-        self, args: tuple[Tensor, ...], given: Sequence[Tensor], wanted: Sequence[bool]
+        self, args: tuple[Tensor, ...], of_results: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Return the gradients for the operands by plain operations."""
         operands, options = args[: self.operands], args[self.operands :]
-        return gradients_again(lambda *own: self.plain(*own, *options), operands, wanted, given)
+        return gradients_again(
+            lambda *inputs: self.plain(*inputs, *options), operands, wanted, of_results
+        )
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -278,21 +280,21 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _difference(trial: Trial, device: torch.device) -> str | None:
     """Return the difference that a trial shows, or None; runs in a thread of its own."""
-    found: list[str | None] = []
+    outcome: list[str | None] = []
 
     def run() -> None:
         try:
-            both = (_values_and_gradients(own, trial, device) for own in (trial.ours, trial.plain))
+            both = (_values_and_gradients(f, trial, device) for f in (trial.ours, trial.plain))
             pairs = zip(*both, strict=True)
-            same = all(torch.allclose(one, own, rtol=1e-3, atol=1e-5) for one, own in pairs)
-            found.append(None if same else "results differ")
+            same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+            outcome.append(None if same else "results differ")
         except Exception as error:  # a compiler raises errors of any kind
-            found.append(f"{type(error).__name__}: {error}")
+            outcome.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0]
+    return outcome[0]
 
 
 def _values_and_gradients(

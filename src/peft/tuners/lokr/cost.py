@@ -66,17 +66,17 @@ def cost(
         if "w2" in shapes:
             half = f"`r`={r} is at least half of {max(c, d)}"
             remarks.append(f"{half}, so W2 is a full matrix; `r` only divides the scale.")
-        own = parameter_count(shapes)
+        count = parameter_count(shapes)
         better = [
             (parameter_count(by_rule(factor)), factor)
             for factor in _divisors(size)
             if factor > max(a, b)
         ]
-        if better and min(better)[0] < own:
+        if better and min(better)[0] < count:
             fewest, factor = min(better)
             remarks.append(
                 f"a larger factor takes fewer parameters: `decompose_factor`={factor} {fewest:,} "
-                f"in place of {own:,}."
+                f"in place of {count:,}."
             )
     return AdapterCost(
         multiplications(shapes, size, groups, positions), largest_rank(shapes, size), tuple(remarks)

@@ -199,8 +199,8 @@ class LoKrLayer(LycorisLayer):
         shapes = {name: tuple(f.shape) for name, f in factors.items() if f is not None}
         base, r = self.get_base_layer(), self.r[adapter_name]
         is_part = self.row_offset[adapter_name] is not None
-        given = config.full_matrix or is_part or bool(config.tensor_shapes)
-        rule = None if given else partial(shapes_by_rule, config, self.geometry, r)
+        is_fixed = config.full_matrix or is_part or bool(config.tensor_shapes)
+        rule = None if is_fixed else partial(shapes_by_rule, config, self.geometry, r)
         strides = math.prod(conv_options(base)["stride"]) if self.geometry.is_conv else 1
         return cost(shapes, self.geometry, r, rule, getattr(base, "groups", 1), strides)
 
@@ -251,11 +251,11 @@ class LoKrLayer(LycorisLayer):
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
         """
-        own = self.decomposition(adapter_name)
-        if own is None:
+        decomposition = self.decomposition(adapter_name)
+        if decomposition is None:
             return super().apply_adapter(adapter_name, x, result)
-        factor = own.factor(self.scaling[adapter_name])
-        if own.by_columns:
+        factor = decomposition.factor(self.scaling[adapter_name])
+        if decomposition.by_columns:
             groups = getattr(self.get_base_layer(), "groups", 1)
             factor = dora.by_channel(self, factor.repeat(groups))
             more = dora.output_without_bias(self, (x * (factor - 1)).to(x.dtype))
@@ -280,9 +280,9 @@ class LoKrLayer(LycorisLayer):
         )
         if norm <= largest:
             return norm, False
-        own = [factor for factor in self.factors(adapter_name) if factor is not None]
-        for factor in own:
-            factor.mul_((largest / norm) ** (1 / len(own)))
+        factors = [factor for factor in self.factors(adapter_name) if factor is not None]
+        for factor in factors:
+            factor.mul_((largest / norm) ** (1 / len(factors)))
         return largest, True
 
 

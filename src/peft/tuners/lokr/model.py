@@ -34,17 +34,17 @@ class LoKrFormat(CheckpointFormat[LoKrConfig]):
         `W2` as `[c, r]`, `[r, d · taps]` is the same for a convolution and a linear layer, and is
         taken for the latter.
         """
-        own = {
+        by_name = {
             name: shape
             for key, shape in shapes.items()
             if (name := key.removeprefix("lokr_")) in FACTOR_NAMES
         }
-        kernel = own.get("w2", own.get("t2", ()))[2:]
+        kernel = by_name.get("w2", by_name.get("t2", ()))[2:]
         try:
-            (a, b), (c, d) = sides(own)
+            (a, b), (c, d) = sides(by_name)
         except (KeyError, IndexError):  # not the tensors of one adapter
             return None
-        low = own.get("w2_b") or own.get("w1_b")
+        low = by_name.get("w2_b") or by_name.get("w1_b")
         return ModuleShape(a * c, b * d, low[0] if low else None, kernel)
 
 

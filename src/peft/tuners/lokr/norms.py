@@ -90,9 +90,9 @@ def weight_norms(
             inside[row_offset : row_offset + out] = 1
             squares = torch.einsum("ac,ab,cdt->bd", inside.view(a, c), squares1, squares2)
         summed = [0, *range(2, W.dim())] if by_columns else [*range(1, W.dim())]
-        own = torch.linalg.vector_norm(W, dim=summed, dtype=wide)
-        added = 2 * scale * overlap + scale * scale * squares
-        result = own.square() + (added.mT if flat else added).flatten()
+        base_norms = torch.linalg.vector_norm(W, dim=summed, dtype=wide)
+        change = 2 * scale * overlap + scale * scale * squares
+        result = base_norms.square() + (change.mT if flat else change).flatten()
         result = result if by_columns else result[row_offset : row_offset + out]
     return result.clamp_min(torch.finfo(wide).tiny).sqrt()
 

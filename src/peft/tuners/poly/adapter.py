@@ -84,8 +84,8 @@ class PolyAdapter:
 
     def task_skills(self) -> dict[str, TaskSkills]:
         """Return the layers' task-specific skills by module path; empty if `task_rank` is 0."""
-        every = {path: layer.task_skills(self.name) for path, layer in self.layers.items()}
-        return {path: skills for path, skills in every.items() if skills is not None}
+        by_path = {path: layer.task_skills(self.name) for path, layer in self.layers.items()}
+        return {path: skills for path, skills in by_path.items() if skills is not None}
 
     def task_tables(self) -> list[TaskTable]:
         """Return every tensor that has a row for each task: routers, then task-specific skills."""

@@ -356,9 +356,9 @@ def _skills(deltas: Sequence[LowRank | None], r: int) -> tuple[Tensor, Tensor]:
     """Return one layer's skills, `A [1, n_skills, in, r]` and `B [1, n_skills, r, out]`; None is a
     skill without this layer, which is zero.
     """
-    like = next(delta for delta in deltas if delta is not None)
-    A = like.A.new_zeros(1, len(deltas), like.A.shape[1], r)
-    B = like.B.new_zeros(1, len(deltas), r, like.B.shape[0])
+    first = next(delta for delta in deltas if delta is not None)
+    A = first.A.new_zeros(1, len(deltas), first.A.shape[1], r)
+    B = first.B.new_zeros(1, len(deltas), r, first.B.shape[0])
     for skill, delta in enumerate(deltas):
         if delta is not None:
             A[0, skill] = F.pad(delta.A.detach(), (0, 0, 0, r - delta.rank)).T
@@ -366,11 +366,11 @@ def _skills(deltas: Sequence[LowRank | None], r: int) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _logits(own: Sequence[int], n_skills: int, own_weight: float) -> Tensor:
+def _logits(own_skills: Sequence[int], n_skills: int, own_weight: float) -> Tensor:
     """Return logits `[n_tasks, n_skills]` whose mixing weights are `own_weight` for each task's own
     skill, given by number; the others share the rest equally. The gates of a task have the sum 0.5.
     """
     rest = (1 - own_weight) / max(n_skills - 1, 1)
-    weights = torch.full((len(own), n_skills), rest, dtype=torch.float64)
-    weights[range(len(own)), own] = own_weight if n_skills > 1 else 1.0
+    weights = torch.full((len(own_skills), n_skills), rest, dtype=torch.float64)
+    weights[range(len(own_skills)), own_skills] = own_weight if n_skills > 1 else 1.0
     return (weights / 2).clamp(min=torch.finfo(torch.float32).tiny).logit().float()

@@ -32,8 +32,15 @@ def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
 def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares) -> None:
     """Make an adapter of some tasks with all skills, or, from shares by task, of their blend."""
     if isinstance(tasks, Mapping):
-        shares = task_shares(tasks, adapter.config, "tasks")
-        _extract_skill(adapter, new_adapter, _blended_weights(adapter, shares), shares)
+        shares, routers = task_shares(tasks, adapter.config, "tasks"), adapter.task_routers()
+        weights = {}
+        for path, layer in adapter.layers.items():
+            if path not in routers:
+                raise PeftValueError(
+                    f"`{path}` routes by input; there are no weights to make one skill with."
+                )
+            weights[path] = layer.blended_weights(adapter.name, shares)
+        _extract_skill(adapter, new_adapter, weights, shares)
         return
     numbers = adapter.task_numbers(tasks)
     if len(set(numbers)) != len(numbers):
@@ -67,21 +74,6 @@ def _own_scale(layer: PolyLayer, name: str) -> float:
     return float(layer.scaling[name]) / layer.base_scaling(name)
 
 
-def _blended_weights(adapter: PolyAdapter, shares: Mapping[int, float]) -> dict[str, Tensor]:
-    """Return the sum of some tasks' mixing weights, each times its share, by module path."""
-    routers = adapter.task_routers()
-    by_input = [path for path in adapter.layers if path not in routers]
-    if by_input:
-        raise PeftValueError(
-            f"`{by_input[0]}` routes by input; there are no weights to make one skill with."
-        )
-    result = {}
-    for path, router in routers.items():
-        weights = router.task_weights()
-        result[path] = torch.stack([weights[t] * share for t, share in shares.items()]).sum(0)
-    return result
-
-
 def _extract_skill(
     adapter: PolyAdapter,
     new_adapter: str,
@@ -92,23 +84,23 @@ def _extract_skill(
     `[n_splits, n_skills]` by module path, plus task-specific skills times their shares.
     """
     name, config = adapter.name, adapter.config
-    own = adapter.task_skills() if shares else {}
+    task_skills = adapter.task_skills() if shares else {}
     tensors: dict[str, Tensor] = {}
     keys = file_paths(adapter.layers, name)
     for path, layer in adapter.layers.items():
         A, B = layer.poly_lora_A[name].detach(), layer.poly_lora_B[name].detach()
         left, right = task_factors(weights[path].to(A.dtype), A, B, _own_scale(layer, name))
-        if path in own:
+        if path in task_skills:
             if isinstance(layer, ParameterLayer):
                 raise PeftNotSupportedError(
                     f"`{path}`: the skills that tasks have for themselves can't be taken out of a "
                     "stack of experts; extract tasks by a list."
                 )
-            own_left, own_right = layer.task_skill_factors(name, shares)
-            r, r_new = left.shape[0], left.shape[0] + own_left.shape[0]
-            left = torch.cat([left, own_left])
+            task_left, task_right = layer.task_skill_factors(name, shares)
+            r, r_new = left.shape[0], left.shape[0] + task_left.shape[0]
+            left = torch.cat([left, task_left])
             # The new adapter's scale is `alpha / r_new`; task-specific factors have theirs already.
-            right = torch.cat([right / r, own_right / config.alpha], dim=1) * r_new
+            right = torch.cat([right / r, task_right / config.alpha], dim=1) * r_new
         key = keys[path]
         tensors[f"{key}.poly_lora_A"] = left.T[None, None]
         tensors[f"{key}.poly_lora_B"] = right.T[None, None]

@@ -71,12 +71,12 @@ def train_only(
 ) -> None:
     """Train an adapter's skills, the routing of some tasks, or both; freeze everything else."""
     name = adapter.name
-    every = adapter.is_keyword(tasks, ("all",), "tasks")
+    trains_all = adapter.is_keyword(tasks, ("all",), "tasks")
     for option, value in (("skills", skills), ("companions", companions)):
         if not isinstance(value, bool):
             raise PeftTypeError(f"`{option}`={value!r} must be True or False.")
     numbers: list[int] = []
-    if tasks is not None and not every:
+    if tasks is not None and not trains_all:
         adapter.check_has_tasks()
         numbers = adapter.task_numbers(tasks)
     tables = [table for table in adapter.task_tables() if not table.fixed]
@@ -90,10 +90,10 @@ def train_only(
     for layer in adapter.layers.values():
         for parameters in (layer.poly_lora_A, layer.poly_lora_B):
             parameters[name].requires_grad_(skills)
-        if every and isinstance(layer.poly_router[name], InputRouter):
+        if trains_all and isinstance(layer.poly_router[name], InputRouter):
             layer.poly_router[name].requires_grad_(True)
     for table in tables:
-        if every:
+        if trains_all:
             table.requires_grad_(True)
         elif numbers:
             table.open_rows(numbers)

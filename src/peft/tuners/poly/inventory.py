@@ -243,9 +243,9 @@ def _new_tasks(config: PolyConfig, tasks: object) -> tuple[int, list[str] | None
         return tasks, None
     # The order of names gives the ids, and a set has none.
     is_list = isinstance(tasks, Iterable) and not isinstance(tasks, (str, bytes, set, frozenset))
-    given = list(tasks) if isinstance(tasks, Iterable) else []
-    new = [task for task in given if isinstance(task, str)]
-    if not is_list or len(new) < len(given):
+    entries = list(tasks) if isinstance(tasks, Iterable) else []
+    new = [task for task in entries if isinstance(task, str)]
+    if not is_list or len(new) < len(entries):
         meant = f" Did you mean [{tasks!r}]?" if isinstance(tasks, str) else ""
         raise PeftTypeError(f"`tasks`={tasks!r} must be a number or a list of names.{meant}")
     old = config.task_names or [str(i) for i in range(config.n_tasks)]

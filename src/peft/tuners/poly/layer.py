@@ -120,9 +120,9 @@ class PolyLayer(RoutingLayer):
         self.alpha[adapter_name] = poly_config.alpha
         self.token_level[adapter_name] = poly_config.routing_level == "token"
         self.scaling[adapter_name] = self.base_scaling(adapter_name)
-        own = SharedRouter(router) if router else make_router(poly_config, size.in_features, place)
-        self.poly_router[adapter_name] = own.train(self.training).requires_grad_(
-            not inference_mode and not is_fixed(own)
+        new = SharedRouter(router) if router else make_router(poly_config, size.in_features, place)
+        self.poly_router[adapter_name] = new.train(self.training).requires_grad_(
+            not inference_mode and not is_fixed(new)
         )
         if poly_config.task_rank:
             sizes = poly_config.n_tasks, size.in_features, size.out_features, poly_config.task_rank
@@ -153,6 +153,13 @@ class PolyLayer(RoutingLayer):
         assert isinstance(router, TaskRouter)
         return router.task_weights()
 
+    def blended_weights(self, adapter_name: str, shares: Mapping[int, float]) -> Tensor:
+        """Return the sum of some tasks' mixing weights in evaluation, each times its share,
+        `[n_splits, n_skills]`.
+        """
+        weights = self.task_weights(adapter_name)
+        return torch.stack([weights[task] * share for task, share in shares.items()]).sum(0)
+
     def task_skills(self, adapter_name: str) -> TaskSkills | None:
         """Return an adapter's task-specific skills; None if it has none."""
         return self._modules["poly_task_skills"]._modules.get(adapter_name)
@@ -176,12 +183,12 @@ class PolyLayer(RoutingLayer):
     def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
         """Copy the options of routing: those of the mixing weights, and `routing="fixed"`."""
         assert isinstance(fresh, PolyLayer)
-        own, other = self.router(adapter_name), fresh.router(fresh_name)
-        own.gating = other.gating
-        if isinstance(own, TaskRouter) and own.fixed != is_fixed(other):
-            own.close_rows()
-            own.fixed = is_fixed(other)
-            own.requires_grad_(not own.fixed and self.poly_lora_A[adapter_name].requires_grad)
+        router, settings = self.router(adapter_name), fresh.router(fresh_name)
+        router.gating = settings.gating
+        if isinstance(router, TaskRouter) and router.fixed != is_fixed(settings):
+            router.close_rows()
+            router.fixed = is_fixed(settings)
+            router.requires_grad_(not router.fixed and self.poly_lora_A[adapter_name].requires_grad)
 
     def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
         """Yield an adapter's tables with a row for each task, except another layer's router."""
@@ -228,9 +235,9 @@ class PolyLayer(RoutingLayer):
         """Return the delta for a few rows of each sample as a chain, from cached tables; None
         without these.
         """
-        scale, table, owners = self.scaling[adapter_name], router.module_logits, shapes(ids)[0]
+        scale, table, samples = self.scaling[adapter_name], router.module_logits, shapes(ids)[0]
         if (
-            owners[0] == 1  # one sample's factors are mixed
+            samples[0] == 1  # one sample's factors are mixed
             or router.training
             or router.gating.top_k is not None
             or isinstance(scale, Tensor)
@@ -239,11 +246,11 @@ class PolyLayer(RoutingLayer):
         ):
             return None
         A, B = self._skills(adapter_name)
-        tokens, pays = rank_space_sizes(x, owners, A, B)
+        tokens, pays = rank_space_sizes(x, samples, A, B)
         ((n_splits, n_skills, _, r),) = shapes(A)
         if not pays or n_splits * n_skills > 2 * r:  # the matrix is larger than what it mixes
             return None
-        every = cached(
+        matrices = cached(
             router,
             adapter_name,
             "mixing",
@@ -251,11 +258,11 @@ class PolyLayer(RoutingLayer):
             lambda: mixing_matrix(router.task_weights(), scale).to(A.dtype),
             (router.gating, scale, A.dtype),
         )
-        if every is None:
+        if matrices is None:
             return None
-        mixing = every.index_select(0, ids)
-        columns, own = None, self._modules["poly_lora_A"]._parameters.get(adapter_name)
-        if is_running_often() and A is own:  # offloaded skills exist for this call only
+        mixing = matrices.index_select(0, ids)
+        columns, held = None, self._modules["poly_lora_A"]._parameters.get(adapter_name)
+        if is_running_often() and A is held:  # offloaded skills exist for this call only
             columns = cached(self, adapter_name, "columns", (A,), lambda: skill_columns(A))
         x = x if x.dtype == A.dtype else self._chain_input(x, A.dtype)
         return decoding_chain(x, mixing, A, B, tokens, columns)
@@ -351,9 +358,8 @@ class PolyLayer(RoutingLayer):
         tasks, each times its share: the mixed skills of rank `r`, then task-specific skills.
         """
         A, B = self.poly_lora_A(adapter_name), self.poly_lora_B(adapter_name)
-        every = self.task_weights(adapter_name)
-        weights = torch.stack([every[task] * share for task, share in shares.items()]).sum(0)
-        yield task_factors(weights.to(A.dtype), A, B, self.scaling[adapter_name])
+        weights = self.blended_weights(adapter_name, shares).to(A.dtype)
+        yield task_factors(weights, A, B, self.scaling[adapter_name])
         if self.task_skills(adapter_name) is not None:
             yield self.task_skill_factors(adapter_name, shares)
 

@@ -123,8 +123,8 @@ def compact_skills(weights: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tenso
     values, index = weights.reshape(samples, n_splits, n_skills).topk(k, dim=-1)
     used = index.transpose(0, 1).flatten(1)  # [n_splits, samples * k]
     split = torch.arange(n_splits, device=index.device).unsqueeze(-1)
-    own = torch.eye(samples, dtype=values.dtype, device=values.device)
-    compact = (own[:, None, :, None] * values[:, :, None, :]).flatten(2)
+    identity = torch.eye(samples, dtype=values.dtype, device=values.device)
+    compact = (identity[:, None, :, None] * values[:, :, None, :]).flatten(2)
     return compact.reshape(*weights.shape[:-1], samples * k), A[split, used], B[split, used]
 
 

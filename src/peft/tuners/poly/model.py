@@ -107,11 +107,11 @@ class PolyModel(RoutingTuner[PolyConfig]):
 
     def parameter_problems(self, config: PolyConfig, target: ParameterTarget) -> Iterator[str]:
         """Yield sizes that `n_splits` does not divide, and routing by an input."""
-        own = config.at(target.key)
+        resolved = config.at(target.key)
         for features in (target.size.in_features, target.size.out_features):
-            if features % own.n_splits:
-                yield f"its size {features} is not divisible by `n_splits`={own.n_splits}."
-        if own.routes_by_input:
+            if features % resolved.n_splits:
+                yield f"its size {features} is not divisible by `n_splits`={resolved.n_splits}."
+        if resolved.routes_by_input:
             yield "an adapter of a parameter sees no input to route by; route by task."
 
     def merge_adapter(

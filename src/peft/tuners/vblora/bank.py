@@ -167,8 +167,8 @@ def fast_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         leading = blocks.amax(dim=-1).topk(topk, dim=-1).indices
         entries = leading.unsqueeze(-1).expand(*leading.shape, _BLOCK)
         candidates = blocks.gather(-2, entries).flatten(-2)
-        found = candidates.topk(topk, dim=-1).indices
-        indices = leading.gather(-1, found // _BLOCK) * _BLOCK + found % _BLOCK
+        best = candidates.topk(topk, dim=-1).indices
+        indices = leading.gather(-1, best // _BLOCK) * _BLOCK + best % _BLOCK
     return logits.gather(-1, indices), indices
 
 

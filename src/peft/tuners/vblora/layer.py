@@ -364,9 +364,9 @@ class VBLoRALayer(BaseTunerLayer):
         if len(rows) != len(names):  # else each adapter has one row, in order
             A, B = A[owner], B[owner]
         is_all = len(rows) == len(x)
-        own = self._cast_input_dtype(x if is_all else x[rows], A.dtype)
-        own = own.reshape(len(rows), -1, x.shape[-1])
-        delta = (own @ A.mT @ B).view(len(rows), *result.shape[1:]).to(result.dtype)
+        inputs = self._cast_input_dtype(x if is_all else x[rows], A.dtype)
+        inputs = inputs.reshape(len(rows), -1, x.shape[-1])
+        delta = (inputs @ A.mT @ B).view(len(rows), *result.shape[1:]).to(result.dtype)
         return result + delta if is_all else result.index_add(0, rows, delta)
 
     @staticmethod

@@ -282,7 +282,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         self.check_names(adapter)
         config = self.peft_config[adapter]
         layers = [layer for layer in self._layers() if adapter in layer.scaling]
-        own = sum(layer.savable_parameters(adapter, config) for layer in layers)
+        of_layers = sum(layer.savable_parameters(adapter, config) for layer in layers)
         bank = 0 if config.shares_bank else self.vblora_vector_bank[adapter].numel()
         view = in_view(config, adapter)
         saved = adapter_tensors(named_tensors(walk(self.model, view), view), config, adapter)
@@ -301,7 +301,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         for layer in layers:
             for tensor in layer.adapter_tensors(adapter):
                 other.pop(id(tensor), None)
-        return int(own) + bank, sum(other.values())
+        return int(of_layers) + bank, sum(other.values())
 
     def print_savable_parameters(self, adapter: str | None = None) -> None:
         """Print the number of float32 values that saving an adapter writes.
@@ -309,10 +309,10 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
         Args:
             adapter: The adapter, as for `get_nb_savable_parameters`.
         """
-        own, other = self.get_nb_savable_parameters(adapter)
+        adapters, other = self.get_nb_savable_parameters(adapter)
         print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params "
-            f"to-be-saved: {own + other:,d}"
+            f"VB-LoRA params to-be-saved (float32-equivalent): {adapters:,d} || total params "
+            f"to-be-saved: {adapters + other:,d}"
         )
 
 

@@ -140,21 +140,21 @@ class VectorBank:
                 f"its own: `VBLoRAConfig` without `bank`, with `num_vectors={self.num_vectors}` "
                 f"and `vector_length={self.vector_length}`."
             )
-        own = layer.vblora_vector_bank[name]
-        if own.shape != self.vectors.shape:
+        bank = layer.vblora_vector_bank[name]
+        if bank.shape != self.vectors.shape:
             raise PeftValueError(
                 f"This bank has the size {list(self.vectors.shape)}, that of adapter {name} "
-                f"{list(own.shape)}; make the adapter with `num_vectors={self.num_vectors}` and "
+                f"{list(bank.shape)}; make the adapter with `num_vectors={self.num_vectors}` and "
                 f"`vector_length={self.vector_length}`, those of this bank."
             )
-        if (largest := float(self.vectors.abs().max())) > torch.finfo(own.dtype).max:
+        if (largest := float(self.vectors.abs().max())) > torch.finfo(bank.dtype).max:
             raise PeftValueError(
-                f"This bank has values up to {largest:.4g}, which {own.dtype}, the dtype of "
+                f"This bank has values up to {largest:.4g}, which {bank.dtype}, the dtype of "
                 f"adapter {name}, can't hold; keep the adapter in float32 "
                 "(`autocast_adapter_dtype=True`)."
             )
         with changing(model, [name]), torch.no_grad():
-            own.copy_(self.vectors)
+            bank.copy_(self.vectors)
 
     def grow(
         self, n: int, bound: float = 0.02, generator: torch.Generator | None = None
