@@ -21,9 +21,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..base.tracing import shapes as shapes
-from ..base.tracing import untraced as untraced
-
 PLAIN_TENSORS = nn.Parameter, Tensor
 """Types whose operations are torch's own; a subclass may do something else."""
 

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.tensors import check_values
+from ..base.tracing import shapes
 from . import mixed_precision
 from .derivatives import gradients_again
-from .dispatch import is_batched, owns_output, shapes
+from .dispatch import is_batched, owns_output
 from .mixed_precision import scaled
 
 _SMALL = 16

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.calls.rows import RowOwners
-from .dispatch import is_eager, shapes, without_autocast
+from ..base.tracing import shapes
+from .dispatch import is_eager, without_autocast
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # The kernels want rows of a multiple of this many bytes.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import PeftValueError
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 
 
 def pool(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

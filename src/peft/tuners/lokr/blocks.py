@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 from ...ops.fused_linear import Ends
 
 

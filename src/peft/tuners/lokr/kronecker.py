@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 from ...ops.fused_linear import Chain
 from ...ops.mixed_precision import widened
 from .blocks import BLOCKS

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops.dispatch import shapes, without_autocast
+from ...base.tracing import shapes
+from ...ops.dispatch import without_autocast
 from .kronecker import KroneckerFactors, dense_left, dense_right
 
 # Sums over `W [a, c, b, d, taps]` for the norms of rows and of columns: with `W1`, then with `W2`.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 from ...ops.triton_support import with_kernel
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import PeftValueError
-from ...ops.dispatch import is_autocast, shapes
+from ...base.tracing import shapes
+from ...ops.dispatch import is_autocast
 from ...ops.fused_linear import Chain, Ends
 from ...ops.mixed_precision import scaled, widened
 from ...ops.triton_support import with_kernel

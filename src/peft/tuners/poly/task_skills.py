@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...base.geometry import Placement
+from ...base.tracing import shapes
 from ...core.routing.calls import TaskRows
-from ...ops.dispatch import shapes
 from .task_table import TaskTable
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 from ...ops.low_rank import LowRank, product_svd, wide
 
 _EPS = 1e-5

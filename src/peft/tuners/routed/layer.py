@@ -14,12 +14,12 @@ from ...base.containers import AdapterModuleDict
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.geometry import Placement
 from ...base.plain_values import plain
+from ...base.tracing import shapes
 from ...base.validation import is_int
 from ...core.adapters import AdapterParameterDict
 from ...core.method_info import AdapterCost
 from ...core.routing.calls import Routing
 from ...core.routing.layer import RoutingLayer
-from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import reuse

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.dispatch import shapes
+from ...base.tracing import shapes
 from ...ops.fused_linear import Chain, Ends
 from .choice import Choice
 

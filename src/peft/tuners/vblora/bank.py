@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...base.tracing import shapes
 from ...ops.derivatives import gradients_again
-from ...ops.dispatch import is_batched, is_eager, shapes
+from ...ops.dispatch import is_batched, is_eager
 from ...ops.triton_support import with_kernel
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})

@@ -14,10 +14,10 @@ from ...base.calls.adapter_batch import AdapterBatch
 from ...base.calls.rows import RowOwners
 from ...base.errors import PeftRuntimeError
 from ...base.geometry import Placement
+from ...base.tracing import shapes
 from ...core.adapters import AdapterParameterDict, read
 from ...core.layer import BaseTunerLayer
 from ...core.method_info import AdapterCost, low_rank_cost
-from ...ops.dispatch import shapes
 from ...ops.exact_merge import Recipe, sum_of_products
 from ...ops.fused_linear import Chain
 from ...ops.inference_cache import cached
