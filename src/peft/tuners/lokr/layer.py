@@ -156,17 +156,84 @@ class LoKrLayer(LycorisLayer):
         modules = self._modules
         return KroneckerFactors(*read_optional(adapter_name, [modules[name] for name in _FACTORS]))
 
+    def product(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, without building ΔW."""
+        factors, scale = self.factors(adapter_name), self.scale(adapter_name)
+        check_values(next(factor for factor in factors if factor is not None), x)
+        x, size = self._cast_input_dtype(x, factors.dtype), self.geometry
+        if not size.is_conv:
+            return self._own_rows(adapter_name, kronecker_linear(x, factors, scale), -1)
+        y = kronecker_conv(
+            pad_input(self.base_layer, x),
+            factors,
+            kernel=size.kernel_size,
+            scale=scale,
+            flat=self.flat_layout[adapter_name],
+            **conv_options(self.base_layer),
+        )
+        return self._own_rows(adapter_name, y, -1 - len(size.kernel_size))
+
+    def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
+        """Return this layer's rows of a product for fused layers."""
+        offset = self.row_offset[adapter_name]
+        return product if offset is None else product.narrow(dim, offset, self.out_features)
+
+    def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """Return `result + Δ(x)` or, for a decomposed adapter with norms of rows,
+        `f ⊙ (result - b + ΔW x) + b`; with norms of columns `(W + ΔW)(f ⊙ x) + b`, which calls the
+        base layer once more.
+
+        Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
+        """
+        decomposition = self.decomposition(adapter_name)
+        if decomposition is None:
+            return super().apply_adapter(adapter_name, x, result)
+        factor = decomposition.factor(self.scaling[adapter_name])
+        if decomposition.by_columns:
+            groups = getattr(self.get_base_layer(), "groups", 1)
+            factor = dora.by_channel(self, factor.repeat(groups))
+            more = dora.output_without_bias(self, (x * (factor - 1)).to(x.dtype))
+            changed = result + more + self._delta_of_rows(adapter_name, x * factor)
+        else:
+            changed = dora.rescaled(self, result + self._delta_of_rows(adapter_name, x), factor)
+        if not self.training or not self.module_dropout[adapter_name]:
+            return changed
+        return result + self.drop_module(adapter_name, changed - result)
+
+    def _delta_of_rows(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return `ΔW x`, with rank dropout in training; module dropout is left to the caller."""
+        delta = self.product(adapter_name, x)
+        return self.drop_rows(adapter_name, delta) if self.training else delta
+
+    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
+        """Return the norms of a decomposed adapter."""
+        magnitudes = self._modules["lokr_magnitude"]
+        if adapter_name not in magnitudes:
+            return None
+        return dora.Decomposition(
+            partial(magnitudes, adapter_name),
+            lambda scaling: self.norms(adapter_name, scaling),
+            by_columns=not self.wd_on_output[adapter_name],
+        )
+
+    def norms(self, adapter_name: str, scaling: float | Tensor) -> Tensor:
+        """Return the norms of the rows of `W + ΔW`, or of its columns."""
+        return weight_norms(
+            self.geometry.as_stored(base_weight(self)),
+            self.factors(adapter_name),
+            self.geometry.kernel_size,
+            self.scale(adapter_name, scaling),
+            self.flat_layout[adapter_name],
+            self.row_offset[adapter_name] or 0,
+            by_columns=not self.wd_on_output[adapter_name],
+        )
+
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return ΔW, before the norms of DoRA apply, as a function of its factors."""
         factors, scale = self.factors(adapter_name), self.scale(adapter_name)
         flat, rows = self.flat_layout[adapter_name], self.out_features
         first = self.row_offset[adapter_name]
         return Recipe(_dense, (factors, self.geometry, scale, flat, first, rows))
-
-    def _own_rows(self, adapter_name: str, product: Tensor, dim: int) -> Tensor:
-        """Return this layer's rows of a product for fused layers."""
-        offset = self.row_offset[adapter_name]
-        return product if offset is None else product.narrow(dim, offset, self.out_features)
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object
@@ -203,73 +270,6 @@ class LoKrLayer(LycorisLayer):
         rule = None if is_fixed else partial(shapes_by_rule, config, self.geometry, r)
         strides = math.prod(conv_options(base)["stride"]) if self.geometry.is_conv else 1
         return cost(shapes, self.geometry, r, rule, getattr(base, "groups", 1), strides)
-
-    def product(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return `ΔW x`, without building ΔW."""
-        factors, scale = self.factors(adapter_name), self.scale(adapter_name)
-        check_values(next(factor for factor in factors if factor is not None), x)
-        x, size = self._cast_input_dtype(x, factors.dtype), self.geometry
-        if not size.is_conv:
-            return self._own_rows(adapter_name, kronecker_linear(x, factors, scale), -1)
-        y = kronecker_conv(
-            pad_input(self.base_layer, x),
-            factors,
-            kernel=size.kernel_size,
-            scale=scale,
-            flat=self.flat_layout[adapter_name],
-            **conv_options(self.base_layer),
-        )
-        return self._own_rows(adapter_name, y, -1 - len(size.kernel_size))
-
-    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
-        """Return the norms of a decomposed adapter."""
-        magnitudes = self._modules["lokr_magnitude"]
-        if adapter_name not in magnitudes:
-            return None
-        return dora.Decomposition(
-            partial(magnitudes, adapter_name),
-            lambda scaling: self.norms(adapter_name, scaling),
-            by_columns=not self.wd_on_output[adapter_name],
-        )
-
-    def norms(self, adapter_name: str, scaling: float | Tensor) -> Tensor:
-        """Return the norms of the rows of `W + ΔW`, or of its columns."""
-        return weight_norms(
-            self.geometry.as_stored(base_weight(self)),
-            self.factors(adapter_name),
-            self.geometry.kernel_size,
-            self.scale(adapter_name, scaling),
-            self.flat_layout[adapter_name],
-            self.row_offset[adapter_name] or 0,
-            by_columns=not self.wd_on_output[adapter_name],
-        )
-
-    def apply_adapter(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """Return `result + Δ(x)` or, for a decomposed adapter with norms of rows,
-        `f ⊙ (result - b + ΔW x) + b`; with norms of columns `(W + ΔW)(f ⊙ x) + b`, which calls the
-        base layer once more.
-
-        Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
-        """
-        decomposition = self.decomposition(adapter_name)
-        if decomposition is None:
-            return super().apply_adapter(adapter_name, x, result)
-        factor = decomposition.factor(self.scaling[adapter_name])
-        if decomposition.by_columns:
-            groups = getattr(self.get_base_layer(), "groups", 1)
-            factor = dora.by_channel(self, factor.repeat(groups))
-            more = dora.output_without_bias(self, (x * (factor - 1)).to(x.dtype))
-            changed = result + more + self._delta_of_rows(adapter_name, x * factor)
-        else:
-            changed = dora.rescaled(self, result + self._delta_of_rows(adapter_name, x), factor)
-        if not self.training or not self.module_dropout[adapter_name]:
-            return changed
-        return result + self.drop_module(adapter_name, changed - result)
-
-    def _delta_of_rows(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return `ΔW x`, with rank dropout in training; module dropout is left to the caller."""
-        delta = self.product(adapter_name, x)
-        return self.drop_rows(adapter_name, delta) if self.training else delta
 
     @torch.no_grad()
     def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:

@@ -84,10 +84,6 @@ class PolyLayer(RoutingLayer):
         self.n_splits: dict[str, int] = {}
         self.token_level: dict[str, bool] = {}
 
-    def base_scaling(self, adapter_name: str) -> float:
-        """Return `alpha / r`."""
-        return self.alpha[adapter_name] / self.r[adapter_name]
-
     def update_layer(
         self,
         adapter_name: str,
@@ -142,63 +138,9 @@ class PolyLayer(RoutingLayer):
         if task_skills is not None:
             task_skills.reset_parameters(init_weights)
 
-    def router(self, adapter_name: str) -> Router:
-        """Return an adapter's router, which may be another layer's."""
-        entry = self._modules["poly_router"]._modules[adapter_name]
-        return entry.router if isinstance(entry, SharedRouter) else entry
-
-    def task_weights(self, adapter_name: str) -> Tensor:
-        """Return the mixing weights of all tasks in evaluation, `[n_tasks, n_splits, n_skills]`."""
-        router = self.router(adapter_name)
-        assert isinstance(router, TaskRouter)
-        return router.task_weights()
-
-    def blended_weights(self, adapter_name: str, shares: Mapping[int, float]) -> Tensor:
-        """Return the sum of some tasks' mixing weights in evaluation, each times its share,
-        `[n_splits, n_skills]`.
-        """
-        weights = self.task_weights(adapter_name)
-        return torch.stack([weights[task] * share for task, share in shares.items()]).sum(0)
-
-    def task_skills(self, adapter_name: str) -> TaskSkills | None:
-        """Return an adapter's task-specific skills; None if it has none."""
-        return self._modules["poly_task_skills"]._modules.get(adapter_name)
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        """Unfreeze or freeze all of an adapter, except fixed routing. Tables with rows that train
-        alone are closed first.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            for table in self.task_tables(name):
-                if table.runs:
-                    table.close_rows()
-        super().set_requires_grad(names, requires_grad)
-        for name in names:
-            if name in self.poly_router and is_fixed(self.poly_router[name]):
-                self.poly_router[name].requires_grad_(False)
-
-    def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
-        """Copy the options of routing: those of the mixing weights, and `routing="fixed"`."""
-        assert isinstance(fresh, PolyLayer)
-        router, settings = self.router(adapter_name), fresh.router(fresh_name)
-        router.gating = settings.gating
-        if isinstance(router, TaskRouter) and router.fixed != is_fixed(settings):
-            router.close_rows()
-            router.fixed = is_fixed(settings)
-            router.requires_grad_(not router.fixed and self.poly_lora_A[adapter_name].requires_grad)
-
-    def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
-        """Yield an adapter's tables with a row for each task, except another layer's router."""
-        for container in (self.poly_router, self.poly_task_skills):
-            if adapter_name in container:
-                yield from (
-                    module
-                    for module in container[adapter_name].modules()
-                    if isinstance(module, TaskTable)
-                )
+    def base_scaling(self, adapter_name: str) -> float:
+        """Return `alpha / r`."""
+        return self.alpha[adapter_name] / self.r[adapter_name]
 
     def delta_activations(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `(alpha / r) · x·A_w·B_w` with the weights of each row's task or input, plus the
@@ -267,16 +209,6 @@ class PolyLayer(RoutingLayer):
         x = x if x.dtype == A.dtype else self._chain_input(x, A.dtype)
         return decoding_chain(x, mixing, A, B, tokens, columns)
 
-    def _skills(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return an adapter's `A` and `B`."""
-        modules = self._modules
-        A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
-        return A, B
-
-    def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
-        """Return the factor on task-specific skills: `alpha / r_t`, times the user's scale."""
-        return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
-
     def _operands(
         self, adapter_name: str, x: Tensor, tasks: TaskRows | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
@@ -320,6 +252,74 @@ class PolyLayer(RoutingLayer):
                 router, adapter_name, "weights", sources, router.task_weights, router.gating
             )
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
+
+    def _skills(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return an adapter's `A` and `B`."""
+        modules = self._modules
+        A, B = read(adapter_name, (modules["poly_lora_A"], modules["poly_lora_B"]))
+        return A, B
+
+    def _task_skill_scale(self, adapter_name: str, task_skills: TaskSkills) -> float:
+        """Return the factor on task-specific skills: `alpha / r_t`, times the user's scale."""
+        return self.scaling[adapter_name] * self.r[adapter_name] / task_skills.rank
+
+    def router(self, adapter_name: str) -> Router:
+        """Return an adapter's router, which may be another layer's."""
+        entry = self._modules["poly_router"]._modules[adapter_name]
+        return entry.router if isinstance(entry, SharedRouter) else entry
+
+    def task_skills(self, adapter_name: str) -> TaskSkills | None:
+        """Return an adapter's task-specific skills; None if it has none."""
+        return self._modules["poly_task_skills"]._modules.get(adapter_name)
+
+    def task_weights(self, adapter_name: str) -> Tensor:
+        """Return the mixing weights of all tasks in evaluation, `[n_tasks, n_splits, n_skills]`."""
+        router = self.router(adapter_name)
+        assert isinstance(router, TaskRouter)
+        return router.task_weights()
+
+    def blended_weights(self, adapter_name: str, shares: Mapping[int, float]) -> Tensor:
+        """Return the sum of some tasks' mixing weights in evaluation, each times its share,
+        `[n_splits, n_skills]`.
+        """
+        weights = self.task_weights(adapter_name)
+        return torch.stack([weights[task] * share for task, share in shares.items()]).sum(0)
+
+    def task_tables(self, adapter_name: str) -> Iterator[TaskTable]:
+        """Yield an adapter's tables with a row for each task, except another layer's router."""
+        for container in (self.poly_router, self.poly_task_skills):
+            if adapter_name in container:
+                yield from (
+                    module
+                    for module in container[adapter_name].modules()
+                    if isinstance(module, TaskTable)
+                )
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Unfreeze or freeze all of an adapter, except fixed routing. Tables with rows that train
+        alone are closed first.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for table in self.task_tables(name):
+                if table.runs:
+                    table.close_rows()
+        super().set_requires_grad(names, requires_grad)
+        for name in names:
+            if name in self.poly_router and is_fixed(self.poly_router[name]):
+                self.poly_router[name].requires_grad_(False)
+
+    def adopt_settings(self, adapter_name: str, fresh: BaseTunerLayer, fresh_name: str) -> None:
+        """Copy the options of routing: those of the mixing weights, and `routing="fixed"`."""
+        assert isinstance(fresh, PolyLayer)
+        router, settings = self.router(adapter_name), fresh.router(fresh_name)
+        router.gating = settings.gating
+        if isinstance(router, TaskRouter) and router.fixed != is_fixed(settings):
+            router.close_rows()
+            router.fixed = is_fixed(settings)
+            router.requires_grad_(not router.fixed and self.poly_lora_A[adapter_name].requires_grad)
 
     def resolve_task(self, adapter_name: str, task_id: object) -> int:
         """Return a task id, checked; None stands for the only task."""

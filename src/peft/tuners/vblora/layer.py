@@ -114,11 +114,6 @@ class VBLoRALayer(BaseTunerLayer):
         """Banks that adapters share, by digest."""
         return self._bank[1]
 
-    def bank(self, adapter_name: str) -> Tensor:
-        """Return the bank of an adapter, its own or a shared one."""
-        key = self.bank_key[adapter_name]
-        return self._bank[0](adapter_name) if key is None else self._bank[1](key)
-
     def containers(self) -> Iterator[nn.Module]:
         """Yield this layer's containers and that of the own banks, to be frozen with the layers."""
         yield from super().containers()
@@ -178,52 +173,16 @@ class VBLoRALayer(BaseTunerLayer):
             gate = torch.zeros(1, device=device, dtype=dtype)
             self.vblora_gate[adapter_name] = nn.Parameter(gate)
 
-    def note_loaded(self, adapter_name: str) -> None:
-        """Update `topk_only`: logits from a compact file lack values and can't be trained."""
-        if self.storage_format.get(adapter_name) is not StorageFormat.LOGITS:
-            return
-        try:
-            self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
-        except RuntimeError:  # out of memory: the first forward in training asks again
-            self.topk_only[adapter_name] = True
-
-    def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
-        """Return the size of the adapter's tensors of this layer in a file, in float32 numbers."""
-        topk = config.topk if config.save_only_topk_weights else None
-        size = self.geometry
-        tiles = config.r * (config.tiles(size.in_features) + config.tiles(size.out_features))
-        count = savable_parameters(tiles, config.num_vectors, topk, config.weights_dtype)
-        return count + (1.0 if adapter_name in self.vblora_gate else 0.0)
-
-    def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt from a compact format."""
-        if self.storage_format[adapter_name] is StorageFormat.LOGITS:
-            return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
-        A, B = (
-            expand(indices, weights[..., :-1], self.num_vectors[adapter_name], weights.dtype)
-            for indices, weights in self.selections(adapter_name)
-        )
-        return A, B
-
-    def selections(self, adapter_name: str) -> tuple[Selection, Selection]:
-        """Return the vectors that the tiles of `A` and of `B` select, in any storage format."""
-        dtype = torch.promote_types(self.bank(adapter_name).dtype, torch.float32)
-        name_A, name_B = LOGITS
-        selection_A = self._selection(name_A, adapter_name, dtype)
-        return selection_A, self._selection(name_B, adapter_name, dtype)
-
-    def _selection(self, logits: str, adapter_name: str, dtype: torch.dtype) -> Selection:
-        """Return the vectors that one factor's tiles select; `logits` names its container."""
-        storage_format = self.storage_format[adapter_name]
-        if storage_format is StorageFormat.LOGITS:
-            topk = self.topk[adapter_name]
-            indices, selected = select_topk(getattr(self, logits)(adapter_name), topk)
-            return Selection(indices, selected.softmax(-1, dtype))
-        indices = getattr(self, logits + INDICES)(adapter_name)
-        if storage_format is StorageFormat.TOPK_WEIGHTS:
-            weights = getattr(self, logits + WEIGHTS)(adapter_name)
-            return Selection(indices, all_weights(weights.to(dtype)))
-        return Selection(indices, getattr(self, logits)(adapter_name).softmax(-1, dtype))
+    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
+        """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x`; refuse to train compact logits."""
+        if self.training and self.topk_only[adapter_name]:
+            self.refuse_training(adapter_name)
+        A, B = self._gated_factors(adapter_name)
+        if self.training and (dropout := self.vblora_dropout[adapter_name]):
+            x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
+        elif x.dtype != A.dtype:
+            x = self._chain_input(x, A.dtype)
+        return Chain(x, A.T, (B.T,), scale=self.scaling[adapter_name])
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]`, with the layer's scale and the gate in `B`."""
@@ -268,13 +227,44 @@ class VBLoRALayer(BaseTunerLayer):
             B = B[..., : self.geometry.out_features, :]
         return A, B
 
+    def bank(self, adapter_name: str) -> Tensor:
+        """Return the bank of an adapter, its own or a shared one."""
+        key = self.bank_key[adapter_name]
+        return self._bank[0](adapter_name) if key is None else self._bank[1](key)
+
+    def logits(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return logits `[…, num_vectors]` of `A` and `B`, rebuilt from a compact format."""
+        if self.storage_format[adapter_name] is StorageFormat.LOGITS:
+            return self.vblora_logits_A(adapter_name), self.vblora_logits_B(adapter_name)
+        A, B = (
+            expand(indices, weights[..., :-1], self.num_vectors[adapter_name], weights.dtype)
+            for indices, weights in self.selections(adapter_name)
+        )
+        return A, B
+
+    def selections(self, adapter_name: str) -> tuple[Selection, Selection]:
+        """Return the vectors that the tiles of `A` and of `B` select, in any storage format."""
+        dtype = torch.promote_types(self.bank(adapter_name).dtype, torch.float32)
+        name_A, name_B = LOGITS
+        selection_A = self._selection(name_A, adapter_name, dtype)
+        return selection_A, self._selection(name_B, adapter_name, dtype)
+
+    def _selection(self, logits: str, adapter_name: str, dtype: torch.dtype) -> Selection:
+        """Return the vectors that one factor's tiles select; `logits` names its container."""
+        storage_format = self.storage_format[adapter_name]
+        if storage_format is StorageFormat.LOGITS:
+            topk = self.topk[adapter_name]
+            indices, selected = select_topk(getattr(self, logits)(adapter_name), topk)
+            return Selection(indices, selected.softmax(-1, dtype))
+        indices = getattr(self, logits + INDICES)(adapter_name)
+        if storage_format is StorageFormat.TOPK_WEIGHTS:
+            weights = getattr(self, logits + WEIGHTS)(adapter_name)
+            return Selection(indices, all_weights(weights.to(dtype)))
+        return Selection(indices, getattr(self, logits)(adapter_name).softmax(-1, dtype))
+
     def delta_recipe(self, adapter_name: str, **options: object) -> Recipe:
         """Return the composed factors, for exact merging."""
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
-
-    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
-        """Return the cost of applying factors of rank `r`; the cost of composing is left out."""
-        return low_rank_cost(self.geometry, self.r[adapter_name])
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
@@ -283,16 +273,26 @@ class VBLoRALayer(BaseTunerLayer):
         A, B = self.factors(adapter_name)
         return approximate(B.detach(), A.detach(), rank)
 
-    def delta_chain(self, adapter_name: str, x: Tensor) -> Chain:
-        """Return `x·Aᵀ`, then `·Bᵀ`, with dropout on `x`; refuse to train compact logits."""
-        if self.training and self.topk_only[adapter_name]:
-            self.refuse_training(adapter_name)
-        A, B = self._gated_factors(adapter_name)
-        if self.training and (dropout := self.vblora_dropout[adapter_name]):
-            x = F.dropout(self._cast_input_dtype(x, A.dtype), dropout)
-        elif x.dtype != A.dtype:
-            x = self._chain_input(x, A.dtype)
-        return Chain(x, A.T, (B.T,), scale=self.scaling[adapter_name])
+    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
+        """Return the cost of applying factors of rank `r`; the cost of composing is left out."""
+        return low_rank_cost(self.geometry, self.r[adapter_name])
+
+    def savable_parameters(self, adapter_name: str, config: VBLoRAConfig) -> float:
+        """Return the size of the adapter's tensors of this layer in a file, in float32 numbers."""
+        topk = config.topk if config.save_only_topk_weights else None
+        size = self.geometry
+        tiles = config.r * (config.tiles(size.in_features) + config.tiles(size.out_features))
+        count = savable_parameters(tiles, config.num_vectors, topk, config.weights_dtype)
+        return count + (1.0 if adapter_name in self.vblora_gate else 0.0)
+
+    def note_loaded(self, adapter_name: str) -> None:
+        """Update `topk_only`: logits from a compact file lack values and can't be trained."""
+        if self.storage_format.get(adapter_name) is not StorageFormat.LOGITS:
+            return
+        try:
+            self.topk_only[adapter_name] = is_topk_only(self.vblora_logits_A[adapter_name])
+        except RuntimeError:  # out of memory: the first forward in training asks again
+            self.topk_only[adapter_name] = True
 
     def refuse_training(self, adapter_name: str) -> None:
         """Raise for logits from a compact file, unless others were written to them since."""
