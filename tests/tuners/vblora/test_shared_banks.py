@@ -365,8 +365,10 @@ def test_the_batch_is_composed_at_once(tmp_path, bank, monkeypatch):
     model = PeftModel.from_pretrained(base(), tmp_path / "user0", "user0")
     for i in (1, 2):
         model.load_adapter(tmp_path / f"user{i}", f"user{i}")
-    calls, real = [], module.mix
-    monkeypatch.setattr(module, "mix", lambda *args: calls.append(args[0].shape) or real(*args))
+    calls, real = [], module.compose_tiles
+    monkeypatch.setattr(
+        module, "compose_tiles", lambda *args: calls.append(args[0].shape) or real(*args)
+    )
     model(torch.randn(6, 8), adapter_names=["user0", "user1", "user2"] * 2)
     assert calls == [(3, 3, 2, 2), (3, 4, 3, 2), (3, 3, 4, 2), (3, 4, 3, 2)]
 

@@ -88,12 +88,8 @@ class PolyAdapter:
         return {path: skills for path, skills in by_path.items() if skills is not None}
 
     def task_tables(self) -> list[TaskTable]:
-        """Return every tensor that has a row for each task: routers, then task-specific skills."""
-        routers = dict.fromkeys(self.task_routers().values())
-        return [
-            *routers,
-            *(table for skills in self.task_skills().values() for table in (skills.A, skills.B)),
-        ]
+        """Return every tensor that has a row for each task: routers and task-specific skills."""
+        return [table for layer in self.layers.values() for table in layer.task_tables(self.name)]
 
     def task_numbers(self, tasks: object, argument: str = "tasks") -> list[int]:
         """Return the ids of one task or several, given by id or name."""

@@ -115,7 +115,7 @@ def compose_factors(
     return A, B.mT
 
 
-def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+def compose_tiles(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     """Return the tiles of given indices and weights: `tile = sum_i weights_i * bank[indices_i]`.
 
     Returns:
@@ -124,7 +124,7 @@ def mix(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-        >>> mix(torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0.25, 0.75]), bank)
+        >>> compose_tiles(torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0.25, 0.75]), bank)
         tensor([0.2500, 0.7500])
 
     Source: arXiv:2405.15179, section 3

@@ -27,10 +27,10 @@ from .bank import (
     Selection,
     all_weights,
     compose_factors,
+    compose_tiles,
     expand,
     index_dtype,
     is_topk_only,
-    mix,
     place_tiles,
     savable_parameters,
     select_topk,
@@ -40,7 +40,7 @@ from .packed import PackedTensors
 from .storage import GATE, INDICES, LOGITS, WEIGHTS, StorageFormat
 
 # The remedy in messages about training after a compact file.
-TRAINING_ON = (
+TRAINING_REMEDY = (
     "To train the weights of the selected ones, load it with `is_trainable=True` and "
     "`config=VBLoRAConfig.from_pretrained(folder, train_topk_weights=True)`."
 )
@@ -198,9 +198,9 @@ class VBLoRALayer(BaseTunerLayer):
     def _composed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return `A [r, in]` and `B [out, r]`, possibly cached: they must not be written to."""
         if self.storage_format[adapter_name] is not StorageFormat.LOGITS:
-            bank = self.bank(adapter_name)
-            selection_A, selection_B = self.selections(adapter_name)
-            return self._to_size(*place_tiles(mix(*selection_A, bank), mix(*selection_B, bank)))
+            selections, bank = self.selections(adapter_name), self.bank(adapter_name)
+            tiles_A, tiles_B = (compose_tiles(*selection, bank) for selection in selections)
+            return self._to_size(*place_tiles(tiles_A, tiles_B))
         modules = self._modules
         containers = modules["vblora_logits_A"], modules["vblora_logits_B"]
         logits_A, logits_B = read(adapter_name, containers)
@@ -301,7 +301,7 @@ class VBLoRALayer(BaseTunerLayer):
             raise PeftRuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
                 "`save_only_topk_weights` model, which lacks the logits of vectors that were not "
-                f"selected. {TRAINING_ON}"
+                f"selected. {TRAINING_REMEDY}"
             )
 
     def apply_by_sample(
@@ -356,7 +356,7 @@ class VBLoRALayer(BaseTunerLayer):
             indices, weights = (
                 self._rows_of(getattr(self, name + end), names, batch) for end in (INDICES, WEIGHTS)
             )
-            tiles.append(mix(indices, all_weights(weights), bank))
+            tiles.append(compose_tiles(indices, all_weights(weights), bank))
         # `A [names, r, in]`, and `B` transposed, `[names, r, out]`.
         A = tiles[0].flatten(-2)[..., : self.geometry.in_features]
         B = tiles[1].transpose(-3, -2).flatten(-2)[..., : self.geometry.out_features]

@@ -28,7 +28,7 @@ from ...core.plan import Plan
 from ...core.tuner import BaseTuner
 from . import combining
 from .config import VBLoRAConfig
-from .layer import TRAINING_ON, Linear, VBLoRALayer
+from .layer import TRAINING_REMEDY, Linear, VBLoRALayer
 from .param_wrapper import ParamWrapper
 from .shared_bank import FoundBank, find_bank
 from .storage import BANK, GATE, StorageFormat, VBLoRAFormat
@@ -260,7 +260,7 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
             warn(
                 f"Adapter {adapter_name} is trainable but was loaded from a compact file "
                 "(`save_only_topk_weights`): it infers and merges, and its first forward in "
-                f"training will fail. {TRAINING_ON}"
+                f"training will fail. {TRAINING_REMEDY}"
             )
 
     def get_nb_savable_parameters(self, adapter: str | None = None) -> tuple[int, int]:
