@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .base.geometry import columns
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .base.tables import alike, table
 from .config import PeftConfig, check_config
@@ -227,7 +226,6 @@ def _layer_plan(
 ) -> LayerPlan:
     size, cost = layer.geometry, layer.adapter_cost(adapter_name, config)
     tensors = dict(_named_tensors(layer, adapter_name))
-    inputs = columns(size)
     return LayerPlan(
         path=path,
         layer=_kind(layer),
@@ -235,9 +233,9 @@ def _layer_plan(
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         multiplications=cost.multiplications,
-        base_multiplications=size.out_features * inputs,
+        base_multiplications=size.out_features * size.columns,
         rank=cost.rank,
-        full_rank=min(size.out_features, inputs),
+        full_rank=min(size.out_features, size.columns),
         remarks=cost.remarks,
     )
 

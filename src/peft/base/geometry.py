@@ -32,6 +32,11 @@ class Geometry:
         """True for a convolution."""
         return bool(self.kernel_size)
 
+    @property
+    def columns(self) -> int:
+        """The columns of the weight as a matrix, `in · Π kernel`."""
+        return self.in_features * math.prod(self.kernel_size)
+
     def as_stored(self, weight: Tensor) -> Tensor:
         """Return a weight `[out, in, *kernel]` in the layout of the layer's weight."""
         return weight.transpose(0, 1) if self.transposed else weight
@@ -42,8 +47,3 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-
-
-def columns(size: Geometry) -> int:
-    """Return the columns of a layer's weight as a matrix, `in · Π kernel`."""
-    return size.in_features * math.prod(size.kernel_size)

@@ -19,7 +19,7 @@ from ..base.calls.layout import SAMPLES_FIRST, RowLayout
 from ..base.calls.rows import RowOwners
 from ..base.errors import PeftNotSupportedError, PeftValueError, warn
 from ..base.freezing import TemporaryFreeze
-from ..base.geometry import Geometry, Placement, columns
+from ..base.geometry import Geometry, Placement
 from ..base.validation import check_scale
 from ..checkpoint.rank_padding import RankPadding, Unpadded
 from ..integrations.accelerate import loaded_weights
@@ -205,7 +205,7 @@ class BaseTunerLayer(nn.Module):
         for each parameter and row, and any rank.
         """
         numbers = sum(parameter.numel() for parameter in self.adapter_parameters(adapter_name))
-        return AdapterCost(numbers, min(self.geometry.out_features, columns(self.geometry)))
+        return AdapterCost(numbers, min(self.geometry.out_features, self.geometry.columns))
 
     def rank_padding(self, container: str) -> RankPadding | None:
         """Return the dimension along which a container's tensors can be zero-padded, or None."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..base.geometry import Geometry, columns
+from ..base.geometry import Geometry
 
 
 class AdapterCost(NamedTuple):
@@ -33,10 +33,10 @@ def low_rank_cost(size: Geometry, r: int) -> AdapterCost:
         >>> low_rank_cost(Geometry(8, 4), 2)
         AdapterCost(multiplications=24, rank=2, remarks=())
     """
-    most = min(size.out_features, columns(size))
+    most = min(size.out_features, size.columns)
     remark = f"`r`={r} is above the weight's own rank, {most}." if r > most else None
     return AdapterCost(
-        r * (size.out_features + columns(size)), min(r, most), (remark,) if remark else ()
+        r * (size.out_features + size.columns), min(r, most), (remark,) if remark else ()
     )
 
 

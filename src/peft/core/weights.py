@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.containers import WeightFollower, walk
 from ..base.errors import PeftNotSupportedError, warn
-from ..base.geometry import Geometry, Placement, columns
+from ..base.geometry import Geometry, Placement
 from ..base.tracing import numel
 from ..integrations import quantization
 from ..integrations.accelerate import execution_device
@@ -45,7 +45,7 @@ def base_weight(layer: _AdaptedLayer) -> Tensor:
         weight is not None
         and weight.is_floating_point()
         and weight.dtype.itemsize > 1
-        and numel(weight) == size.out_features * columns(size)  # else packed, or gathered later
+        and numel(weight) == size.out_features * size.columns  # else packed, or gathered later
         and not quantization.is_quantized_tensor(weight)
     ):
         return gathered_tensor(weight)
@@ -175,7 +175,7 @@ def is_quantized(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return True
     size = geometry(module) or table(module)
-    if size is None or numel(weight) != size.out_features * columns(size):
+    if size is None or numel(weight) != size.out_features * size.columns:
         return True  # its shape is not the layer's: a packed 4-bit format
     scaled = weight.dtype.itemsize == 1 and any(
         "scale" in name for name in (*module._parameters, *module._buffers)

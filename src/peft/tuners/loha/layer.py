@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...base.geometry import Geometry, Placement, columns
+from ...base.geometry import Geometry, Placement
 from ...base.tensors import check_values
 from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
@@ -116,12 +116,12 @@ class LoHaLayer(LycorisLayer):
         factors, r, size = self.factors(adapter_name), self.r[adapter_name], self.geometry
         if is_low_rank(factors):
             return low_rank_cost(size, r * r)._replace(remarks=())
-        whole = size.out_features * columns(size)
+        whole = size.out_features * size.columns
         remark = (
             f"`r`={r}: factors of rank {r * r} are no cheaper than the full product, which is "
             "built in each forward."
         )
-        return AdapterCost(whole, min(r * r, size.out_features, columns(size)), (remark,))
+        return AdapterCost(whole, min(r * r, size.out_features, size.columns), (remark,))
 
     def product(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return `ΔW x`, by factors of rank `r²` or the dense product, whichever is cheaper."""

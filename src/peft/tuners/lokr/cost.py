@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...base.geometry import Geometry, columns
+from ...base.geometry import Geometry
 from ...core.method_info import AdapterCost
 from .kronecker import KroneckerFactors, cheapest_order, left_maps, multiply, right_maps
 from .shapes import Shapes, sides
@@ -41,7 +41,7 @@ def largest_rank(shapes: Shapes, size: Geometry) -> int:
     (a, b), (c, d) = sides(shapes, taps)
     first = min(a, b) if "w1" in shapes else min(a, b, shapes["w1_a"][1])
     second = min(c, d * taps) if "w2" in shapes else min(c, d * taps, shapes["w2_b"][0])
-    return min(first * second, size.out_features, columns(size))
+    return min(first * second, size.out_features, size.columns)
 
 
 def parameter_count(shapes: Shapes) -> int:
