@@ -148,13 +148,12 @@ class PolyLayer(RoutingLayer):
         """
         if x.dim() == 1:
             return self.delta_activations(adapter_name, x.unsqueeze(0)).squeeze(0)
-        x, weights, A, B, scale = self._operands(adapter_name, x)
-        delta = poly_delta(x, weights, A, B, scale)
         task_skills = self.task_skills(adapter_name)
         if task_skills is None:
-            return delta
-        x = self._cast_input_dtype(x, delta.dtype)
+            return poly_delta(*self._operands(adapter_name, x))
         tasks = self.routing.tasks(x, self, self.n_tasks[adapter_name])
+        delta = poly_delta(*self._operands(adapter_name, x, tasks))
+        x = self._cast_input_dtype(x, delta.dtype)
         return delta + task_skills(x, tasks, self._task_skill_scale(adapter_name, task_skills))
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
@@ -196,7 +195,7 @@ class PolyLayer(RoutingLayer):
             router,
             adapter_name,
             "mixing",
-            (table, *router.rows) if router.runs else (table,),
+            router.tensors(),
             lambda: mixing_matrix(router.task_weights(), scale).to(A.dtype),
             (router.gating, scale, A.dtype),
         )
@@ -247,10 +246,8 @@ class PolyLayer(RoutingLayer):
         """Return the mixing weights of tasks, looked up in evaluation if the table is small."""
         table, weights = router.module_logits, None
         if not router.training and numel(table) <= _SMALL_TABLE:
-            sources = (table, *router.rows) if router.runs else (table,)
-            weights = cached(
-                router, adapter_name, "weights", sources, router.task_weights, router.gating
-            )
+            sources, make = router.tensors(), router.task_weights
+            weights = cached(router, adapter_name, "weights", sources, make, router.gating)
         return router(ids, checked=True) if weights is None else weights.index_select(0, ids)
 
     def _skills(self, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,10 @@ class TaskTable(nn.Module):
         """The parameter that holds all rows."""
         return getattr(self, self.table_name)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that the values are in: the table, and rows that train alone."""
+        return (self.closed_table, *self.rows) if self.runs else (self.closed_table,)
+
     def table(self) -> Tensor:
         """Return all rows; gradients reach those that train."""
         values = self.closed_table
