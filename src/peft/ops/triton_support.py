@@ -223,16 +223,16 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def can_launch(*tensors: Tensor | None) -> bool:
+def can_launch(first: Tensor, *others: Tensor | None) -> bool:
     """Return whether kernels can read tensors as they are; nothing waits for the device.
 
     They can in eager mode (transforms must see the operations), if all are plain and on one GPU of
     compute capability 8 or more, and Triton is installed.
     """
-    device = tensors[0].device  # type: ignore[union-attr]
+    device = first.device
     if not has_triton(device) or not is_eager():
         return False
-    for tensor in tensors:
+    for tensor in (first, *others):
         if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.device != device):
             return False
     return True

@@ -141,7 +141,7 @@ class LycorisParameters(ParameterLayer, LycorisLayer):
             with self._as_expert(adapter_name, expert):
                 super().reset_adapter_parameters(adapter_name, init_weights)  # type: ignore[misc]
 
-    def adapter_cost(self, adapter_name: str, config: Any) -> AdapterCost:
+    def adapter_cost(self, adapter_name: str, config: object) -> AdapterCost:
         """Return the cost for a row, which goes to one expert."""
         with self._as_expert(adapter_name, 0):
             return super().adapter_cost(adapter_name, config)

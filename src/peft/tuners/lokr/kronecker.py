@@ -254,7 +254,7 @@ def left_maps(f: KroneckerFactors) -> Maps:
 def right_maps(f: KroneckerFactors, kernel: Sequence[int]) -> Maps:
     """Return the maps of `W2`; the one with the kernel is `[to, from, *kernel]`."""
     if f.w2 is not None:
-        return (f.w2.reshape(*f.w2.shape[:2], *kernel),)
+        return (f.w2.reshape(*f.w2.shape[:2], *kernel) if kernel else f.w2,)
     assert f.w2_a is not None and f.w2_b is not None
     if f.t2 is not None:
         return f.w2_b, f.t2.reshape(*f.t2.shape[:2], *kernel), f.w2_a.T

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ...core.parameter_layer import stored
 from ...ops.exact_merge import Recipe
 from ...ops.grouped import GroupedRows
 from ..lycoris_utils import LycorisParameters
-from .kronecker import KroneckerFactors
+from .kronecker import KroneckerFactors, left_maps, right_maps
 from .layer import LoKrLayer
 
 
@@ -51,8 +53,7 @@ class ParamWrapper(LycorisParameters, LoKrLayer):  # type: ignore[misc]
 
 def _sides(f: KroneckerFactors) -> tuple[Tensor, Tensor]:
     """Return `W1 […, a, b]` and `W2 […, c, d]`."""
-    W1 = f.w1 if f.w1 is not None else torch.matmul(f.w1_a, f.w1_b)  # type: ignore[arg-type]
-    W2 = f.w2 if f.w2 is not None else torch.matmul(f.w2_a, f.w2_b)  # type: ignore[arg-type]
+    W1, W2 = (reduce(torch.matmul, reversed(maps)) for maps in (left_maps(f), right_maps(f, ())))
     return W1, W2
 
 

@@ -267,7 +267,7 @@ class VBLoRALayer(BaseTunerLayer):
         return Recipe(sum_of_products, (self.geometry, self.factors(adapter_name)))
 
     def low_rank_factors(
-        self, adapter_name: str, rank: int | float | None = None, **options: Any
+        self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:
         """Return `B·A`, exact at rank `r`."""
         A, B = self.factors(adapter_name)
