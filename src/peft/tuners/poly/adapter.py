@@ -17,7 +17,7 @@ from ...core.adapter_choice import named_or_active
 from ...core.routing.task_ids import some_tasks
 from ...integrations.distributed import is_managed
 from .layer import PolyLayer
-from .router import Router, TaskRouter
+from .router import TaskRouter
 from .task_skills import TaskSkills
 from .task_table import TaskTable
 
@@ -69,13 +69,6 @@ class PolyAdapter:
         """Check that a layer routes by task."""
         if not self.config.routes_by_task:
             raise PeftNotSupportedError(f"Adapter {self.name} routes by input; it has no tasks.")
-
-    def first_routers(self) -> dict[str, Router]:
-        """Return each router once, by the path of the first layer that uses it."""
-        routers: dict[Router, str] = {}
-        for path, layer in self.layers.items():
-            routers.setdefault(layer.router(self.name), path)
-        return {path: router for router, path in routers.items()}
 
     def task_routers(self) -> dict[str, TaskRouter]:
         """Return the routers by task, by the path of each layer that uses them."""

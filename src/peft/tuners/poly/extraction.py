@@ -46,27 +46,25 @@ def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares)
     if len(set(numbers)) != len(numbers):
         raise PeftValueError(f"`tasks`={tasks!r} has a task twice.")
     tensors: dict[str, Tensor] = {}
-    keys = file_paths(adapter.layers, adapter.name)
+    name, keys = adapter.name, file_paths(adapter.layers, adapter.name)
     for path, layer in adapter.layers.items():
-        for skills in ("poly_lora_A", "poly_lora_B"):
-            parameter = getattr(layer, skills)[adapter.name]
-            scale = _own_scale(layer, adapter.name) if skills == "poly_lora_B" else 1.0
-            tensors[f"{keys[path]}.{skills}"] = parameter.detach() * scale
-    for path, own in adapter.task_skills().items():
-        for key, values in own.tensors_of(numbers).items():
-            scale = _own_scale(adapter.layers[path], adapter.name) if key == "B.values" else 1.0
-            tensors[f"{keys[path]}.poly_task_skills.{key}"] = values * scale
-    for path, router in adapter.first_routers().items():
-        key = f"{keys[path]}.poly_router"
+        key, scale = keys[path], _own_scale(layer, name)
+        tensors[f"{key}.poly_lora_A"] = layer.poly_lora_A[name].detach().clone()
+        tensors[f"{key}.poly_lora_B"] = layer.poly_lora_B[name].detach() * scale
+        router, skills = layer.poly_router[name], layer.task_skills(name)
         if isinstance(router, TaskRouter):
-            tensors[f"{key}.module_logits"] = router.module_logits.detach()[numbers].clone()
+            tensors[f"{key}.poly_router.module_logits"] = router.module_logits.detach()[numbers]
         elif isinstance(router, InputRouter):
-            tensors[f"{key}.weight"] = router.weight.detach().clone()
+            tensors[f"{key}.poly_router.weight"] = router.weight.detach().clone()
+        if skills is not None:
+            A, B = skills.A.table().detach(), skills.B.table().detach()
+            tensors[f"{key}.poly_task_skills.A.values"] = A[numbers]
+            tensors[f"{key}.poly_task_skills.B.values"] = B[numbers] * scale
     names = adapter.config.task_names
     config = replace(
         adapter.config, n_tasks=len(numbers), task_names=names and [names[task] for task in numbers]
     )
-    derive(adapter.tuner, new_adapter, adapter.name, Combined(config, tensors))
+    derive(adapter.tuner, new_adapter, name, Combined(config, tensors))
 
 
 def _own_scale(layer: PolyLayer, name: str) -> float:

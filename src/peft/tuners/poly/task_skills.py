@@ -89,13 +89,6 @@ class TaskSkills(nn.Module):
         right = torch.cat([B[task].T * share for task, share in shares.items()], dim=1)
         return left, right
 
-    def tensors_of(self, tasks: Sequence[int]) -> dict[str, Tensor]:
-        """Return copies of some tasks' factors by checkpoint key."""
-        return {
-            f"{name}.values": table.table().detach()[tasks].clone()
-            for name, table in (("A", self.A), ("B", self.B))
-        }
-
     def selected(
         self, origin: Sequence[int | None], start: int | str = "uniform"
     ) -> tuple[Tensor, Tensor]:
