@@ -60,7 +60,7 @@ def _attribute_paths(code: CodeType, own: str) -> Iterator[tuple[str, list[str]]
     """Yield `("a", ["b", "c"])` for each `self.a.b.c` in a function and those in it; `own` is its
     name for `self`.
     """
-    found: tuple[str, list[str]] | None = None
+    path: tuple[str, list[str]] | None = None
     is_self = False
     for step in dis.get_instructions(code):
         if isinstance(step.argval, CodeType):
@@ -69,12 +69,12 @@ def _attribute_paths(code: CodeType, own: str) -> Iterator[tuple[str, list[str]]
             continue
         is_attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
         if is_attribute and is_self:
-            found = step.argval, []
-        elif is_attribute and found is not None:
-            found[1].append(step.argval)
-        elif found is not None:
-            yield found
-            found = None
+            path = step.argval, []
+        elif is_attribute and path is not None:
+            path[1].append(step.argval)
+        elif path is not None:
+            yield path
+            path = None
         # A pair of loads is one instruction from Python 3.13 on.
         loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
         is_self = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == (own,)

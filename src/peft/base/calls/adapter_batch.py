@@ -42,7 +42,7 @@ class AdapterBatch:
         self.call_rows.samples = len(names)
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self._merged: dict[tuple[tuple[str, ...], int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._sorted: dict[tuple[tuple[str, ...], int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def row_owners(self, x: Tensor, layer: LayerWithLayout) -> RowOwners:
         """Return the owners of the rows of a layer's input; raise an error if they are unknown."""
@@ -56,21 +56,19 @@ class AdapterBatch:
     ) -> dict[str, Tensor]:
         """Return the indices of each adapter's rows in a layer's input of `total` rows."""
         if owners.owner is not None:
-            every = {
-                name: torch.tensor(samples, device=device) for name, samples in self.samples.items()
-            }
+            owner = owners.owner
             return {
-                name: torch.isin(owners.owner, samples).nonzero().flatten()
-                for name, samples in every.items()
+                name: torch.isin(owner, torch.tensor(samples, device=device)).nonzero().flatten()
+                for name, samples in self.samples.items()
             }
         key = total, device
         if key not in self._rows:
-            each = total // self.size
+            count = total // self.size
             rows = {
-                name: [s * each + i for s in samples for i in range(each)]
+                name: [s * count + i for s in samples for i in range(count)]
                 for name, samples in self.samples.items()
             }
-            self._rows[key] = {name: torch.tensor(own, device=device) for name, own in rows.items()}
+            self._rows[key] = {name: torch.tensor(row, device=device) for name, row in rows.items()}
         return self._rows[key]
 
     def rows_of(
@@ -78,16 +76,16 @@ class AdapterBatch:
     ) -> tuple[Tensor, Tensor]:
         """Return the rows that run with one of `names`, in order, and their indices in `names`."""
         key = names, x.shape[0], x.device
-        if owners.owner is None and key in self._merged:
-            return self._merged[key]
+        if owners.owner is None and key in self._sorted:
+            return self._sorted[key]
         rows = self.rows_by_adapter(x.shape[0], x.device, owners)
-        own = torch.cat([rows[name] for name in names])
+        row = torch.cat([rows[name] for name in names])
         adapter = torch.cat([torch.full_like(rows[name], i) for i, name in enumerate(names)])
-        order = own.argsort()
-        found = own[order], adapter[order]
+        order = row.argsort()
+        result = row[order], adapter[order]
         if owners.owner is None:
-            self._merged[key] = found
-        return found
+            self._sorted[key] = result
+        return result
 
     def subset(self, samples: dict[str, list[int]]) -> AdapterBatch:
         """Return the same call with adapters for only some of its samples."""

@@ -31,15 +31,15 @@ def argument_shapes(
     arguments: Mapping[str, object], excluded: Iterable[str] = ()
 ) -> list[ArgumentShape]:
     """Return the shapes of a call's tensors, `excluded` arguments left out."""
-    found = []
+    result = []
     for name, value in arguments.items():
         if name == "encoder_outputs" and isinstance(value, (tuple, Mapping)) and len(value):
             name, value = "encoder_hidden_states", value[0]
         if isinstance(value, Tensor) and value.dim() > 0 and name not in excluded:
             with untraced():  # a nested tensor may have no `shape`
                 sizes = (value.size(0),) if value.is_nested else tuple(value.shape)
-            found.append(ArgumentShape(name, sizes, value.is_floating_point()))
-    return found
+            result.append(ArgumentShape(name, sizes, value.is_floating_point()))
+    return result
 
 
 def count_samples(shapes: Iterable[ArgumentShape], batch_dim: int = 0) -> int | None:

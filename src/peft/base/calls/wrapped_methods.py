@@ -93,14 +93,14 @@ class WrappedMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
-        given = list(signature.parameters.values())[0 if self.module is None else 1 :]
-        own = [
+        present = list(signature.parameters.values())[0 if self.module is None else 1 :]
+        added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in self.names
             if name not in signature.parameters
         ]
-        rest = [parameter for parameter in given if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-        return signature.replace(parameters=[*given[: len(given) - len(rest)], *own, *rest])
+        rest = [p for p in present if p.kind is inspect.Parameter.VAR_KEYWORD]
+        return signature.replace(parameters=[*present[: len(present) - len(rest)], *added, *rest])
 
 
 class _Unbound:
@@ -131,8 +131,8 @@ def wrap_method(module: nn.Module, method: str, names: tuple[str, ...], handler:
     present = getattr(module, method, None)
     if callable(present):
         function = present.__func__ if isinstance(present, MethodType) else _Unbound(present)
-        own = vars(module).get(method)
-        setattr(module, method, WrappedMethod(function, names, handler, module, own))
+        replaced = vars(module).get(method)
+        setattr(module, method, WrappedMethod(function, names, handler, module, replaced))
 
 
 def is_wrapped(module: nn.Module, method: str) -> bool:
