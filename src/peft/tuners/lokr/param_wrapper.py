@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from ...core.parameter_layer import stored
 from ...ops.exact_merge import Recipe
 from ...ops.grouped import GroupedRows
 from ..lycoris_utils import LycorisParameters
-from .kronecker import KroneckerFactors, left_maps, right_maps
+from .kronecker import KroneckerFactors, Maps, left_maps, right_maps
 from .layer import LoKrLayer
 
 
@@ -53,8 +51,15 @@ class ParamWrapper(LycorisParameters, LoKrLayer):  # type: ignore[misc]
 
 def _sides(f: KroneckerFactors) -> tuple[Tensor, Tensor]:
     """Return `W1 […, a, b]` and `W2 […, c, d]`."""
-    W1, W2 = (reduce(torch.matmul, reversed(maps)) for maps in (left_maps(f), right_maps(f, ())))
-    return W1, W2
+    return _multiply(left_maps(f)), _multiply(right_maps(f, ()))
+
+
+def _multiply(maps: Maps) -> Tensor:
+    """Multiply maps `[…, to, from]` into one."""
+    first = maps[0]
+    for then in maps[1:]:
+        first = then @ first
+    return first
 
 
 def _dense(factors: KroneckerFactors, scale: float | Tensor, transposed: bool) -> Tensor:
