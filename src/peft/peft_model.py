@@ -33,6 +33,7 @@ from .core.filling import copy_fill
 from .core.injection import Construction, Fill
 from .core.layer import BaseTunerLayer
 from .core.model_methods import around, forwarded
+from .core.resizing import check_resizable
 from .status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -172,8 +173,10 @@ class PeftModel(nn.Module):
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with self.base_model.running_calls.during(kwargs.get("adapter_names")), cached:
             batch = self.base_model.chosen_adapters(args, kwargs, generate)
-            context = (ADAPTER_BATCHES.during, None) if batch is None else (batch.generating, base)
-            return run_in(partial(*context), lambda: generate(*args, **kwargs))
+            context = partial(ADAPTER_BATCHES.during, None)
+            if batch is not None:
+                context = partial(batch.generating, base)
+            return run_in(context, lambda: generate(*args, **kwargs))
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
@@ -206,6 +209,15 @@ class PeftModel(nn.Module):
         """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
         self.base_model.activation_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Call the base model's method of that name.
+
+        Raises:
+            PeftNotSupportedError: An adapter trains the embeddings or the head; nothing is changed.
+        """
+        check_resizable(self.get_base_model(), *args, **kwargs)
+        return self.base_model.resize_token_embeddings(*args, **kwargs)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
         """Make the input of the base model, or of `model`, require gradients, which checkpointed

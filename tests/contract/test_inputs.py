@@ -92,6 +92,21 @@ def test_values_and_gradients(case, kind):
 
 
 @pytest.mark.parametrize("case", sorted(METHODS))
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_rows(case, layout):
+    """The output of a linear layer is dense."""
+    model = model_of(case)
+    x = numbers(3, IN) * (numbers(3, IN) > 0)
+    call, tasks = call_of(case, x)
+    expected = torch.stack(dense(case, model.base_model.model[0], x, tasks))
+    sparse = x.to_sparse(layout=layout)
+    torch.testing.assert_close(model(sparse, **call), expected)
+    names = ["default", "__base__", "default"]
+    expected[1] = model.base_model.model[0].base_layer(x[1])
+    torch.testing.assert_close(model(sparse, adapter_names=names, **call), expected)
+
+
+@pytest.mark.parametrize("case", sorted(METHODS))
 @pytest.mark.parametrize("train", [False, True])
 def test_several_adapters_and_precisions(case, train):
     """Of inputs that go different roads, a sum of adapters; in float32, and in bfloat16 with

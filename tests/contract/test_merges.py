@@ -373,6 +373,20 @@ def test_merging_twice_warns_once(method):
     assert_base(model, before)
 
 
+def test_a_merge_into_a_layer_with_further_arguments_warns(method):
+    """Merged, they act on the delta too."""
+
+    class Gated(nn.Linear):
+        def forward(self, x, gate=1.0):
+            return super().forward(x) * gate
+
+    base = nn.Sequential(Gated(8, 8), nn.Linear(8, 8))
+    model = get_peft_model(base, method.config(target_modules=["0", "1"])).eval()
+    (text,) = warnings_of(model.merge_adapter, **method.merge)
+    assert text.startswith("`forward` takes further arguments in `0` (gate). ")
+    assert warnings_of(model.unmerge_adapter) == []
+
+
 def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):
     before, model = adapted((method, {}))
     first, second = model.base_model.tuner_layers()

@@ -475,6 +475,46 @@ def test_saving_to_where_a_file_is_changes_nothing(method, model, tmp_path):
     assert_same(before, model, folder=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b"], ids=["long", "deep", "null"])
+def test_paths_that_cannot_be_are_refused_by_all_alike(tmp_path, name):
+    model, path = get_peft_model(mlp(), LoKrConfig(target_modules=TARGETS)), str(tmp_path / name)
+    for call in (
+        lambda: model.save_pretrained(path),
+        lambda: model.peft_config["default"].save_pretrained(path),
+        lambda: model.load_adapter(path, "b"),
+        lambda: PeftModel.from_pretrained(mlp(), path),
+        lambda: PeftConfig.from_pretrained(path),
+        lambda: peft.save_lokr_file(model, path),
+        lambda: peft.load_lokr_file(mlp(), path),
+    ):
+        with pytest.raises(ValueError, match="can't be a path: it"):
+            call()
+    assert list(model.peft_config) == ["default"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "model.embed_tokens"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [3]}, "model.embed_tokens"),
+    ],
+    ids=["embedding", "head", "tokens"],
+)
+def test_a_vocabulary_that_adapters_train_keeps_its_size(fields, path):
+    """The head is met after the embedding has been resized, so the check comes first."""
+    model = get_peft_model(llama(), LoKrConfig(target_modules=["q_proj"], **fields))
+    before = everything(model)
+    with pytest.raises(ValueError, match=rf"`{path}` from 48 to 64 rows"):
+        model.resize_token_embeddings(50, pad_to_multiple_of=32)
+    assert_same(before, model)
+    assert model.resize_token_embeddings(48).weight.shape[0] == 48
+    plain = get_peft_model(llama(), LoKrConfig(target_modules=["q_proj"]))
+    assert plain.resize_token_embeddings(50).weight.shape[0] == 50
+    assert plain(torch.tensor([[49]])).logits.shape[-1] == 50
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_layer_indices_that_match_nothing(method):
     if "layers_to_transform" not in vars(method.config()):

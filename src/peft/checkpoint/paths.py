@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import nn
 
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 
+# Largest number of characters of a path in the message that it is none.
+_SHOWN = 80
 _SOURCE = "a folder's path, or the name of a repository on the Hub"
 
 
@@ -21,6 +24,7 @@ def check_path(path: object, kind: str = _SOURCE) -> None:
             raise PeftValueError(
                 "The path '' is empty; name the folder, or pass '.' for the working directory."
             )
+        _check_possible(path)
         return
     is_plain = path is None or isinstance(path, (bool, int, float, bytes))
     remedy = " Pass that of the folder which `save_pretrained` wrote." if kind is _SOURCE else ""
@@ -32,6 +36,23 @@ def check_path(path: object, kind: str = _SOURCE) -> None:
         f"Expected {kind}, got "
         f"{repr(path) if is_plain else f'an object of type {type(path).__name__}'}.{remedy}"
     )
+
+
+def _check_possible(path: str | os.PathLike) -> None:
+    """Raise if no file or folder can have a path, whether or not there is one."""
+    try:
+        os.lstat(path)
+    except ValueError:
+        reason = "it has a null character"
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return
+        reason = "it, or a name in it, is too long"
+    else:
+        return
+    text = repr(os.fspath(path))
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    raise PeftValueError(f"{shown} can't be a path: {reason}.")
 
 
 def as_folder(path: str | os.PathLike) -> Path:
@@ -49,6 +70,7 @@ def as_path(path: object, name: str, other: str = "") -> Path:
     """Return an argument as a path; the error names it, and the `other` types that are allowed."""
     if not isinstance(path, (str, os.PathLike)):
         raise PeftTypeError(f"`{name}`={path!r} must be a path{other}, not {type(path).__name__}.")
+    _check_possible(path)
     return Path(path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.calls.adapter_batch import AdapterBatch
 from ..base.calls.layout import RowLayout
 from ..base.calls.rows import RowOwners
+from ..ops.nested import dense
 
 
 class _Layer(Protocol):
@@ -36,7 +37,7 @@ def apply_to_batch(layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor
         if batch.only not in layer.scaling:
             return result
         return layer.apply_to_any(batch.only, x, result).to(result.dtype)
-    owners = batch.row_owners(x, layer)
+    owners, x = batch.row_owners(x, layer), dense(x)
     if not owners.sequence_first:
         return layer.apply_by_sample(batch, x, result, owners)
     turned = layer.apply_by_sample(batch, x.transpose(0, 1), result.transpose(0, 1), owners)

@@ -28,7 +28,7 @@ from ..ops.exact_merge import Recipe, unchanged
 from ..ops.fused_linear import Chain, add_to_output, linear_with_chain
 from ..ops.low_rank import LowRank, cut, dense_svd
 from ..ops.mixed_precision import can_stay
-from ..ops.nested import as_tokens, nested_like
+from ..ops.nested import as_tokens, dense, nested_like
 from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
 from .base_layer import geometry, innermost, table
@@ -223,7 +223,7 @@ class BaseTunerLayer(nn.Module):
     def apply_to_any(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """Return an output with an adapter applied; input and output may be nested tensors."""
         if not x.is_nested:
-            return self.apply_adapter(adapter_name, x, result)
+            return self.apply_adapter(adapter_name, dense(x), result)
         # Cloned since it may be written to, which a view of a nested tensor may not.
         tokens = as_tokens(result).clone()
         return nested_like(x, self.apply_to_tokens(adapter_name, x, as_tokens(x), tokens))

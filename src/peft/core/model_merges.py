@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from ..base.calls.arguments import positional_names
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
@@ -44,6 +45,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     present = [name for name in options if any(name in layer.scaling for layer in layers)]
     warn_of_merged([name for name in present if name not in left], left)
     _check(named, {id(layer): own for layer, own in todo})
+    _warn_of_arguments(named, [layer for layer, _ in todo])
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, own in track(todo, "Merging"):
@@ -86,6 +88,26 @@ def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
                 f"Adapter {name} is on the meta device and has no values yet: load a checkpoint "
                 "into it, or run the function that initializes it."
             )
+
+
+def _warn_of_arguments(
+    named: Mapping[str, BaseTunerLayer], layers: Sequence[BaseTunerLayer]
+) -> None:
+    """Warn of layers to merge into whose `forward` takes more than the input: what it does with
+    that acts on a merged delta too, and not on one that is added to its output.
+    """
+    odd: dict[str, str] = {}
+    for path, layer in named.items():
+        base = layer.get_base_layer()
+        if layer in layers and isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            more = positional_names(type(base).forward)[2:]
+            odd |= {path: f"`{path}` ({', '.join(more)})"} if more else {}
+    if odd:
+        warn(
+            f"`forward` takes further arguments in {some(list(odd.values()))}. They act on a "
+            "merged delta as on the weight, so outputs of calls that pass them can differ from "
+            "those of the unmerged adapter."
+        )
 
 
 def check_shared(

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested tensors, whose samples differ in length, as one dense tensor of all tokens, and back."""
+"""Nested tensors, whose samples differ in length, as one dense tensor of all tokens, and back; and
+sparse tensors as dense ones.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return a sparse tensor as a dense one, any other as it is."""
+    return x if x.layout is torch.strided or x.is_nested or x.is_mkldnn else x.to_dense()
 
 
 def as_tokens(nested: Tensor) -> Tensor:

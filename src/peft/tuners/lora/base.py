@@ -266,9 +266,10 @@ class LoraLayer(BaseTunerLayer):
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the input in the adapter's dtype, after dropout."""
         A = self.lora_A[adapter_name]
-        if not (A.weight.is_meta and is_offloaded(A)):
-            check_values(A.weight, x)
-        x = self._cast_input_dtype(x, A.weight.dtype)
+        if isinstance(A.weight, Tensor):  # `quantize_dynamic` makes a method of it
+            if not (A.weight.is_meta and is_offloaded(A)):
+                check_values(A.weight, x)
+            x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_dropout[adapter_name](x) if self._drops(adapter_name) else x
 
     def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:

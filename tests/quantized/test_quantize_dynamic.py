@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize_dynamic` of an adapted model, which also replaces the factors of LoRA, as they are
+linear layers: it computes nearly what it did, and is not merged.
+"""
+
+import pytest
+import torch
+from helpers.models import TARGETS, mlp
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+
+import peft
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_adapted_model_runs_quantized(method):
+    model = peft.get_peft_model(mlp(), method.config(target_modules=TARGETS)).eval()
+    x = torch.randn(5, 8)
+    expected = model(x, **method.call)
+    quantize_dynamic(model, {nn.Linear}, inplace=True)
+    found = model(x, **method.call)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    with model.disable_adapter():
+        assert (model(x) - expected).norm() > (found - expected).norm()
+    with pytest.raises(ValueError, match="quantized storage format"):
+        model.merge_adapter(**method.merge)
+    if isinstance(model.peft_config["default"], peft.LoraConfig):
+        assert type(model.base_model.model[0].lora_A["default"]) is not nn.Linear
