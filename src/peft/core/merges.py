@@ -3,7 +3,7 @@
 
 `Merges` keeps, for each merged adapter, copies of its small factors, and the few elements of the
 weight that subtracting the delta would not restore. The original of a quantized weight is kept as
-stored. If another module uses the weight too, the original is still there and needs no copy.
+stored.
 """
 
 from __future__ import annotations
@@ -97,21 +97,16 @@ class Merges:
 
     Attributes:
         entries: The merges.
-        shared: The original weight while the model uses it elsewhere too; None if the base layer's
-            weight is its own.
     """
 
     def __init__(self) -> None:
         self.entries: list[Merge] = []
-        self.shared: nn.Parameter | None = None
         self._suspended: list[Merge] = []
         self._original: object = None  # the stored form of a quantized weight
         self._bias: Tensor | None = None  # the original, once something was added to it
         self._written: Written | None = None
 
-    def merge(
-        self, layer: MergeableLayer, options: Mapping[str, Options], check: bool = False
-    ) -> None:
+    def merge(self, layer: MergeableLayer, options: Mapping[str, Options], check: bool) -> None:
         """Merge adapters of a layer that are not merged, each with its own options; all or none.
 
         Raises:
@@ -148,8 +143,12 @@ class Merges:
         return gone
 
     def suspend(self, layer: MergeableLayer) -> None:
-        """Unmerge all adapters of a layer until they are resumed."""
-        self._suspended += self.remove(layer.holder, layer.merged_adapters, layer)
+        """Unmerge all adapters of a layer until they are resumed. Of two merges of an adapter that
+        was merged again meanwhile, the second counts.
+        """
+        taken = self.remove(layer.holder, layer.merged_adapters, layer)
+        self.drop_suspended(layer, *(merge.name for merge in taken))
+        self._suspended += taken
 
     def resume(self, layer: MergeableLayer, wanted: bool) -> None:
         """Merge the layer's suspended adapters again, or forget them."""
@@ -182,7 +181,6 @@ class Merges:
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and layer.merged_adapters:
             metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
-            metadata["untied"] = self.shared is not None
 
     def load_metadata(
         self,
@@ -215,17 +213,12 @@ class Merges:
         if any(merge.is_known or merge.layer is layer for merge in self.entries):
             self._forget(base)
         if noted:
-            if metadata.get("untied") and self.shared is None:
-                self.shared = cast(nn.Parameter, base.weight)
-                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             self.entries += [Merge(layer, name, own, None) for name, own in noted.items()]
             self._written = Written(weight, is_final=False)
             layer.note_merges(self.names(layer))
 
     def _forget(self, base: nn.Module) -> None:
         """Forget all merges, since the weight is about to be overwritten."""
-        if self.shared is not None:
-            base.weight = self.shared
         self._put_bias(base, self._summed_bias(base, []))
         self._note([], None)
 
@@ -248,8 +241,6 @@ class Merges:
             entries = self.entries
             self.entries = []  # layers inside this one must not convert them too
             try:
-                if self.shared is not None:
-                    return convert()
                 return self._convert_stages(base, entries, convert, function)
             finally:
                 self.entries = self.entries or entries
@@ -315,17 +306,13 @@ class Merges:
                 delta = merge.dense(weight.device)
                 weight, correction = exact_merge.add(weight, delta, merge.factor)
                 _check_finite(merge, weight, check)
-                kept = correction if self.shared is None else None
-                entries.append(merge._replace(correction=kept))
+                entries.append(merge._replace(correction=correction))
             entries = self.entries[:first] + entries
             # All memory is taken before the first change.
             bias = self._summed_bias(base, entries)
             is_plain = not is_managed(_weight(base))
             written = Written(weight, self._written, is_plain) if entries else None
-            if not entries and self.shared is not None:
-                base.weight, self.shared = self.shared, None
-            else:
-                put_weight(base, weight)
+            put_weight(base, weight)
             self._put_bias(base, bias)
             self._note(entries, written)
 
@@ -335,7 +322,7 @@ class Merges:
         """Merge into a quantized weight, from the original, so that it is rounded once."""
         present = storage.get(base)
         original = self._original if self.entries else present
-        self.check_known(0)
+        self.check_known()
         storage.put(base, original)
         try:
             bias, written = self._summed_bias(base, entries), None
@@ -357,18 +344,11 @@ class Merges:
     def _before(self, base: nn.Module, first: int) -> Tensor:
         """Return a plain weight as it was before the merges from number `first` on."""
         weight = gathered_tensor(stored_weight(base))
-        if self._written is not None and self.shared is None:
+        if self._written is not None:
             self._written.look(weight, [merge.name for merge in self.entries])
         if first == len(self.entries):
             return weight
         self.check_known(first)
-        if self.shared is not None and first == 0:
-            return gathered_tensor(self.shared.detach())
-        if self.shared is not None:
-            weight = gathered_tensor(self.shared.detach())
-            for merge in self.entries[:first]:
-                weight, _ = exact_merge.add(weight, merge.dense(weight.device), merge.factor)
-            return weight
         return self._peeled(weight, self.entries[first:])
 
     def _peeled(self, weight: Tensor, entries: Sequence[Merge]) -> Tensor:
@@ -435,17 +415,14 @@ class Merges:
         layers = {id(merge.layer): merge.layer for merge in (*self.entries, *entries)}
         self.entries = entries
         if not entries:
-            self.shared = self._original = None
+            self._original = None
         self._written = written
         for layer in layers.values():
             layer.note_merges(self.names(layer))
 
     def check_known(self, first: int = 0) -> None:
         """Raise if the merges from number `first` on can't be undone."""
-        if self.shared is not None and first == 0:
-            return  # another module still holds the original weight
-        entries = self.entries[first if self.shared is None else 0 :]
-        names = [merge.name for merge in entries if not merge.is_known]
+        names = [merge.name for merge in self.entries[first:] if not merge.is_known]
         if names:
             raise PeftRuntimeError(
                 f"Adapter {names[0]} was merged in the state dict that this model loaded, which "
@@ -487,7 +464,7 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
         return one.dtype == other.dtype and torch.equal(
             gathered_tensor(one).to(other.device), gathered_tensor(other)
         )
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False
 
 

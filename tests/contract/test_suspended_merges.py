@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges that wait while adapters are disabled: they come back once, as they were, and each layer
+forgets its own alone.
+"""
+
+import pytest
+import torch
+from helpers.methods import METHODS
+from torch import nn
+
+from peft import get_peft_model
+
+pytestmark = pytest.mark.quick
+
+
+def adapted(*methods, **options):
+    """A linear layer with an adapter of each method, called "a", "b", …; the last one is active."""
+    base = nn.Sequential(nn.Linear(8, 8)).double()
+    weight, bias = base[0].weight.detach().clone(), base[0].bias.detach().clone()
+    first, *others = (method.config(target_modules=["0"]) for method in methods)
+    model = get_peft_model(base, first, "a", **options).eval()
+    for name, config in zip("bcd", others, strict=False):
+        model.add_adapter(name, config)
+    model.set_adapter("abcd"[len(others)])
+    return model, weight, bias
+
+
+def layer_of(model, name):
+    """The layer that has an adapter, of several around one base layer."""
+    layer = model.base_model.model[0]
+    return layer if name in layer.scaling else layer.base_layer
+
+
+def expected(model, weight, bias, x, **deltas):
+    """`x (W + Σ Δ)ᵀ + b`, given for each adapter the options of its delta."""
+    for name, options in deltas.items():
+        weight = weight + layer_of(model, name).get_delta_weight(name, **options)
+    return x @ weight.T + bias
+
+
+def test_an_adapter_merged_again_comes_back_once(method):
+    """Also after a call, which takes off what was merged since the adapters were disabled."""
+    model, weight, bias = adapted(method, method)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model.merge_adapter(["a"], **method.merge)
+    with model.disable_adapter():
+        for _ in range(2):
+            model.merge_adapter(["a"], **method.merge)
+            assert torch.equal(model(x), x @ weight.T + bias)
+    wanted = expected(model, weight, bias, x, a=method.merge, b=method.merge)
+    torch.testing.assert_close(model(x, **method.call), wanted)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].base_layer.weight, weight)
+
+
+def test_the_second_of_two_tasks_comes_back():
+    model, weight, bias = adapted(METHODS["POLY"], METHODS["LORA"], mixed=True)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model.merge_adapter(["a"], task_id=1)
+    with model.disable_adapter():
+        model.merge_adapter(["a"], task_id=2)
+        model(x)
+    torch.testing.assert_close(model(x), expected(model, weight, bias, x, a={"task_id": 2}, b={}))
+
+
+@pytest.mark.parametrize("gone", ["a", "b"])
+def test_one_layer_forgets_its_own_merges_alone(gone):
+    """LoRA's layer and LoKr's share a weight."""
+    lora, lokr = METHODS["LORA"], METHODS["LOKR"]
+    model, weight, bias = adapted(lora, lokr, lora, mixed=True)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model.merge_adapter(["a", "b"])
+    with model.disable_adapter():
+        layer_of(model, gone).unmerge([gone])
+    (left,) = {"a", "b"} - {gone}
+    assert model.base_model.merged_adapters == [left]
+    wanted = expected(model, weight, bias, x, **{left: {}, "c": {}})
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_what_was_merged_unchecked_comes_back_unchecked():
+    model, weight, _ = adapted(METHODS["LORA"], METHODS["LORA"])
+    model.base_model.model[0].lora_B["a"].weight.data[0] = torch.inf
+    model.merge_adapter(["a"])
+    merged = model.base_model.model[0].base_layer.weight.clone()
+    with model.disable_adapter():
+        pass
+    found = model.base_model.model[0].base_layer.weight
+    torch.testing.assert_close(found, merged, rtol=0, atol=0, equal_nan=True)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].base_layer.weight[1:], weight[1:])
