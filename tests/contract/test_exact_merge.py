@@ -125,3 +125,187 @@ def test_a_state_that_was_merged_with_an_adapter_that_is_missing_here():
     model.merge_adapter()
     model.unmerge_adapter()
     assert torch.equal(model.base_model.model[0].base_layer.weight, weight)
+
+
+def mixed():
+    """LoRA's layer and LoKr's around one layer that they share."""
+    base = nn.Sequential(nn.Linear(8, 8))
+    before = base[0].weight.detach().clone()
+    config = METHODS["LORA"].config(target_modules=["0"], lora_bias=True)
+    model = get_peft_model(base, config, "a", mixed=True).eval()
+    model.add_adapter("b", METHODS["LOKR"].config(target_modules=["0"]))
+    model.set_adapter(["a", "b"])
+    return model, before
+
+
+def test_a_cast_of_merges_of_two_methods():
+    model, before = mixed()
+    model.merge_adapter(["a"])
+    model.merge_adapter(["b"])
+    merged = model.base_model.model[0].weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = model.base_model.model[0]
+        assert layer.double() is layer
+        assert torch.equal(layer.weight, merged.double())
+        assert torch.equal(layer.unmerged_weight(), before.double())
+    layer.unmerge()
+    layer.base_layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before.double())
+
+
+@pytest.mark.parametrize("merged", [[], ["a"], ["a", "b"]])
+def test_loading_a_state_of_two_methods(merged):
+    """Into a model with both merged: all of its merges are forgotten, and those of the state noted.
+    Its own state leaves it as it is.
+    """
+    model, before = mixed()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    if merged:
+        other.merge_adapter(merged)
+    model.merge_adapter(["a", "b"])
+    model.load_state_dict(model.state_dict())
+    copied = copy.deepcopy(model)
+    copied.unmerge_adapter()
+    assert torch.equal(copied.base_model.model[0].get_base_layer().weight, before)
+    model.load_state_dict(other.state_dict())
+    assert sorted(model.base_model.merged_adapters) == merged
+    x = torch.randn(3, 8)
+    assert torch.equal(model(x), other(x))
+    weight = model.base_model.model[0].get_base_layer().weight.clone()
+    if "b" not in merged:
+        model.merge_adapter(["b"])
+        torch.testing.assert_close(model(x), other(x))
+        next(layer for layer in model.base_model.tuner_layers() if "b" in layer.scaling).unmerge()
+    assert torch.equal(model.base_model.model[0].get_base_layer().weight, weight)
+    if not merged:
+        model.merge_adapter(["a"])
+        model.unmerge_adapter()
+        for name in ("weight", "bias"):
+            found, wanted = (getattr(m.base_model.model[0], name) for m in (model, other))
+            assert torch.equal(found, wanted)
+    for layer in model.base_model.tuner_layers():
+        if layer.merged:
+            with pytest.raises(RuntimeError, match="merged in the state dict"):
+                layer.unmerge()
+
+
+def test_what_one_layer_can_not_unmerge_keeps_the_others_merged():
+    model, _ = adapted()
+    other = copy.deepcopy(model)
+    other.base_model.model[1].base_layer.weight.data += 1
+    other.merge_adapter()
+    model.merge_adapter()
+    state = other.state_dict()
+    for key in [key for key in state if ".0." in key]:
+        del state[key]
+    model.load_state_dict(state, strict=False)
+    before = copy.deepcopy(model.state_dict())
+    for verb in (model.base_model.disable_adapter_layers, model.unmerge_adapter):
+        with pytest.raises(RuntimeError, match="merged in the state dict that this model loaded"):
+            verb()
+        for layer in model.base_model.tuner_layers():
+            assert layer.merged_adapters == ["default"] and not layer.disable_adapters
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key])
+
+
+def test_weights_for_a_merged_model_on_the_meta_device():
+    """Without numbers nobody can say that they are the same."""
+    model, before = adapted()
+    other = copy.deepcopy(model)
+    model.merge_adapter()
+    model.to("meta").load_state_dict(other.state_dict(), assign=True)
+    assert model.base_model.merged_adapters == []
+    x = torch.randn(3, 8)
+    assert torch.equal(model(x), other(x))
+    assert_base(model, before)
+
+
+def test_training_half_of_a_merged_adapter_earns_a_word():
+    model, _ = adapted()
+    model.merge_adapter()
+    for layer in model.train().base_model.tuner_layers():
+        layer.lora_A["default"].requires_grad_(False)
+    with pytest.warns(UserWarning, match="in training mode while adapters are merged: default"):
+        model(torch.randn(3, 8))
+
+
+def test_a_permanent_merge_without_a_task_keeps_the_merged_one():
+    """Another task is merged instead; if that fails, the first is merged as before."""
+    base = nn.Sequential(nn.Linear(8, 8))
+    weight, bias = base[0].weight.detach().clone(), base[0].bias.detach().clone()
+    config = METHODS["POLY"].config(target_modules=["0"])
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("broken", config)
+    layer = model.base_model.model[0]
+    layer.poly_lora_B["broken"].data[:] = torch.nan
+    model.merge_adapter(["default"], task_id=1)
+    merged = layer.weight.clone()
+    with pytest.raises(ValueError, match="adapter broken seems to be broken"):
+        model.merge_and_unload(adapter_names=["default", "broken"], safe_merge=True, task_id=2)
+    assert layer.merged_adapters == ["default"] and torch.equal(layer.weight, merged)
+    one, two = (layer.get_delta_weight("default", task_id=task) for task in (1, 2))
+    x = torch.randn(3, 8)
+    other = copy.deepcopy(model).merge_and_unload(task_id=2)
+    torch.testing.assert_close(other(x), x @ (weight + two).T + bias)
+    torch.testing.assert_close(model.merge_and_unload()(x), x @ (weight + one).T + bias)
+
+
+def test_norms_of_columns_are_taken_outside_of_autocast():
+    """`W + Δa + ΔW(m, W + Δb)`, where b's norms are those of its own sum."""
+    lokr = METHODS["LOKR"]
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = get_peft_model(base, lokr.config(target_modules=["0"]), "a").eval()
+    columns = {"weight_decompose": True, "wd_on_output": False}
+    model.add_adapter("b", lokr.config(target_modules=["0"], **columns))
+    model.set_adapter(["a", "b"])
+    layer, x = model.base_model.model[0], torch.randn(3, 8)
+    layer.lokr_magnitude["b"].data *= 1.5
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter(["a", "b"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.other = nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.other(self.embed(ids)))
+
+
+@pytest.mark.filterwarnings("ignore:`head` shares")
+def test_a_permanent_merge_of_another_adapter_parts_a_merged_weight():
+    """The embedding keeps its numbers, also where nobody can say which those of the head were."""
+    ids = torch.arange(8)
+    model = get_peft_model(Tied(), METHODS["LORA"].config(target_modules=["head"])).eval()
+    model.add_adapter("b", METHODS["LORA"].config(target_modules=["other"]))
+    loaded, embedding = copy.deepcopy(model), model.embed.weight.clone()
+    model.merge_adapter(["default"])
+    loaded.load_state_dict(model.state_dict())
+    head = model.head.weight.clone()
+    other = model.other.weight + model.other.get_delta_weight("b")
+    expected = (embedding @ other.T + model.other.bias) @ head.T
+    plain = model.merge_and_unload(adapter_names=["b"])
+    assert torch.equal(plain.embed.weight, embedding)
+    torch.testing.assert_close(plain(ids), expected)
+    plain = loaded.merge_and_unload(adapter_names=["b"])
+    torch.testing.assert_close(plain(ids), (head @ other.T + model.other.bias) @ head.T)
+
+
+def test_an_adapter_without_values_is_not_merged():
+    model, before = adapted()
+    for layer in model.base_model.tuner_layers():
+        layer.lora_A["default"].to("meta")
+    with pytest.raises(NotImplementedError, match="Adapter default is on the meta device"):
+        model.merge_adapter()
+    assert model.base_model.merged_adapters == []
+    assert_base(model, before)
+    model.to("meta").merge_adapter()

@@ -79,13 +79,47 @@ def test_one_layer_forgets_its_own_merges_alone(gone):
 
 
 def test_what_was_merged_unchecked_comes_back_unchecked():
-    model, weight, _ = adapted(METHODS["LORA"], METHODS["LORA"])
-    model.base_model.model[0].lora_B["a"].weight.data[0] = torch.inf
+    """Also where another adapter, which came first, is unmerged."""
+    model, weight, _ = adapted(METHODS["LORA"], METHODS["LORA"], METHODS["LORA"])
+    layer = model.base_model.model[0]
+    layer.lora_B["b"].weight.data[0] = torch.inf
     model.merge_adapter(["a"])
-    merged = model.base_model.model[0].base_layer.weight.clone()
+    model.merge_adapter(["b"])
+    merged = layer.base_layer.weight.clone()
     with model.disable_adapter():
         pass
-    found = model.base_model.model[0].base_layer.weight
+    found = layer.base_layer.weight
     torch.testing.assert_close(found, merged, rtol=0, atol=0, equal_nan=True)
-    model.unmerge_adapter()
-    assert torch.equal(model.base_model.model[0].base_layer.weight[1:], weight[1:])
+    layer.unmerge(["a"])
+    assert layer.merged_adapters == ["b"]
+    layer.unmerge(["b"])
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_what_is_computed_again_does_not_come_back_later():
+    """An active adapter is unmerged for good; when it is inactive it has no part in the output."""
+    model, weight, bias = adapted(METHODS["LORA"], METHODS["LORA"])
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        if name == "a":
+            model.merge_adapter(["a"])
+        with model.disable_adapter():
+            pass
+        assert model.base_model.merged_adapters == []
+        torch.testing.assert_close(model(x), expected(model, weight, bias, x, **{name: {}}))
+
+
+def test_every_layer_gets_back_what_it_had():
+    """Only one of two layers has an adapter that its forward would not compute."""
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = METHODS["LORA"].config
+    model = get_peft_model(base, config(target_modules=["0", "1"]), "a").eval()
+    model.add_adapter("b", config(target_modules=["1"]))
+    model.merge_adapter(["a", "b"])
+    with model.disable_adapter():
+        pass
+    merged = [layer.merged_adapters for layer in model.base_model.tuner_layers()]
+    assert merged == [["a"], ["a", "b"]]
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter(["b"])

@@ -326,6 +326,69 @@ def test_a_failure_while_quantising_leaves_the_layer(monkeypatch):
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in keys)
 
 
+@pytest.mark.parametrize("kind", ["8-bit", "nf4"])
+def test_a_decomposed_adapter_is_quantised_once_and_the_original_read_meanwhile(kind):
+    """The stored weight is the library's of `m · (W + Δ) / |W + Δ|`."""
+    model = get_peft_model(
+        quantised_mlp(kind),
+        LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, use_dora=True),
+    )
+    before, full = state(model), full_mlp(kind)
+    for i in (0, 2):
+        layer = model.base_model.model[i]
+        layer.lora_magnitude_vector["default"].weight.data *= 1.5
+        total = full[i].weight + layer.get_delta_weight("default")
+        magnitude = layer.lora_magnitude_vector["default"].weight.view(-1, 1)
+        full[i].weight.data = (magnitude * total / total.norm(dim=1, keepdim=True)).detach()
+    before = state(model)
+    model.merge_adapter()
+    for i in (0, 2):
+        assert_quantised_alike(model.base_model.model[i].base_layer, quantise(full[i], kind))
+    merged = state(model)
+    for i in (0, 2):
+        torch.testing.assert_close(
+            model.base_model.model[i].unmerged_weight(), dense_weight(quantised_mlp(kind)[i])
+        )
+    assert_same_state(model, merged)
+    model.unmerge_adapter()
+    assert_same_state(model, before)
+
+
+def test_a_trained_bias_is_added_to_a_quantised_layers():
+    model = get_peft_model(
+        quantised_mlp("8-bit"),
+        LoraConfig(
+            r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False, lora_bias=True
+        ),
+    )
+    layer = model.base_model.model[0]
+    before = layer.bias.clone()
+    model.merge_adapter()
+    expected = before + 3 * layer.lora_B["default"].bias
+    torch.testing.assert_close(layer.bias, expected.to(before.dtype))
+    model.unmerge_adapter()
+    assert torch.equal(layer.bias, before)
+
+
+def test_a_merged_state_of_quantised_weights_can_not_be_undone(method):
+    model = adapted(quantised_mlp("8-bit"), method)
+    model.add_adapter("b", method.config(target_modules=TARGETS))
+    other = copy.deepcopy(model)
+    other.merge_adapter(["default"], **method.merge)
+    merged = state(other)
+    model.load_state_dict(other.state_dict())
+    layer = model.base_model.model[0]
+    assert layer.merged_adapters == ["default"]
+    for verb in (
+        layer.unmerge,
+        layer.unmerged_weight,
+        lambda: layer.merge(False, ["b"], **method.merge),
+    ):
+        with pytest.raises(RuntimeError, match="default was merged in the state dict"):
+            verb()
+        assert_same_state(model, merged)
+
+
 def test_a_merged_model_is_pickled(method):
     """The library's own parameter class does not survive that; its layers do."""
     model = adapted(quantised_mlp("nf4"), method)

@@ -220,6 +220,7 @@ class Merges:
     def _forget(self, base: nn.Module) -> None:
         """Forget all merges, since the weight is about to be overwritten."""
         self._put_bias(base, self._summed_bias(base, []))
+        self._original = None
         self._note([], None)
 
     def converted(
@@ -282,7 +283,12 @@ class Merges:
         return {n: own for n, own in options.items() if n in layer.scaling and n not in merged}
 
     def original(self, base: nn.Module) -> Tensor:
-        """Return the dequantized weight without any merge, bit for bit the original."""
+        """Return the dequantized weight without any merge, bit for bit the original.
+
+        Raises:
+            PeftRuntimeError: A loaded state dict had an adapter merged.
+        """
+        self.check_known()
         with exact_merge.isolated(_weight(base).device):
             storage = quantized_format(base)
             if storage is None:
@@ -414,8 +420,6 @@ class Merges:
     def _note(self, entries: list[Merge], written: Written | None) -> None:
         layers = {id(merge.layer): merge.layer for merge in (*self.entries, *entries)}
         self.entries = entries
-        if not entries:
-            self._original = None
         self._written = written
         for layer in layers.values():
             layer.note_merges(self.names(layer))

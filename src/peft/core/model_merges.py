@@ -199,8 +199,6 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     merged = [layer for layer in layers if layer.merged or layer._merges.suspended(layer)]
     if not merged:
         warn("Already unmerged. Nothing to do.")
-    for layer in merged:
-        layer._merges.check_known()
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     try:
         for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`

@@ -63,6 +63,17 @@ CASES = {
         },
     ),
     "flux-scalar": ("flux", {"linear_dim": 2, "linear_alpha": 2, "use_scalar": True}),
+    "flux-defaults": ("flux", {}),
+    "flux-unbalanced": (
+        "flux",
+        {
+            "linear_dim": 4,
+            "linear_alpha": 5.5,
+            "decompose_both": True,
+            "unbalanced_factorization": True,
+        },
+    ),
+    "unet-defaults": ("unet", {"linear_dim": 1, "linear_alpha": 0}),
     "flux-preset": ("flux", {"linear_dim": 1, "linear_alpha": 2}),
     "kohya-unet": (
         "unet",

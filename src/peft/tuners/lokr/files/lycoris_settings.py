@@ -155,7 +155,6 @@ class _Preset:
                 i
                 for i, outer in enumerate(above)
                 if kinds[i] in self.classes
-                and outer in modules
                 and not self.excludes(outer)
                 and self.name_of(outer) is None
             )
