@@ -293,4 +293,5 @@ def infer_config(placement: Placement) -> LoKrConfig:
 
 def most_common(values: Mapping[str, T]) -> T:
     """Return the most common value, the first of several."""
-    return Counter(values.values()).most_common(1)[0][0]
+    counts = Counter(values.values())
+    return max(counts, key=counts.__getitem__)
