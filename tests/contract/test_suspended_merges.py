@@ -108,6 +108,8 @@ def test_what_is_computed_again_does_not_come_back_later():
             pass
         assert model.base_model.merged_adapters == []
         torch.testing.assert_close(model(x), expected(model, weight, bias, x, **{name: {}}))
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            model.unmerge_adapter()
 
 
 def test_every_layer_gets_back_what_it_had():

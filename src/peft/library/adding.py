@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.errors import CheckpointError, PeftValueError
+from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError
 from ..checkpoint.digests import adapter_digest
 from ..checkpoint.files import (
     alone_in,
@@ -140,7 +140,7 @@ def _is_copy(target: Path, folder: Path) -> bool:
     """Return whether a folder has the adapter of another one."""
     try:
         return adapter_digest(target) == adapter_digest(folder)
-    except CheckpointError:
+    except (CheckpointError, CheckpointNotFoundError):
         return False
 
 
