@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers.methods import METHODS
 from torch import nn
 
@@ -145,7 +146,7 @@ def test_a_cast_of_merges_of_two_methods():
     merged = model.base_model.model[0].weight.clone()
     with torch.autocast("cpu", torch.bfloat16):
         layer = model.base_model.model[0]
-        assert layer.double() is layer
+        assert layer.double() is layer and layer.double() is layer
         assert torch.equal(layer.weight, merged.double())
         assert torch.equal(layer.unmerged_weight(), before.double())
     layer.unmerge()
@@ -163,8 +164,12 @@ def test_loading_a_state_of_two_methods(merged):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    if merged:
-        other.merge_adapter(merged)
+    third = copy.deepcopy(other)
+    with torch.no_grad():
+        for parameter in third.parameters():
+            parameter.mul_(0.9)
+    for one in (other, third) if merged else ():
+        one.merge_adapter(merged)
     model.merge_adapter(["a", "b"])
     model.load_state_dict(model.state_dict())
     copied = copy.deepcopy(model)
@@ -190,6 +195,10 @@ def test_loading_a_state_of_two_methods(merged):
         if layer.merged:
             with pytest.raises(RuntimeError, match="merged in the state dict"):
                 layer.unmerge()
+    model.load_state_dict(third.state_dict())
+    names = [layer.merged_adapters for layer in third.base_model.tuner_layers()]
+    assert [layer.merged_adapters for layer in model.base_model.tuner_layers()] == names
+    assert torch.equal(model(x), third(x))
 
 
 def test_what_one_layer_can_not_unmerge_keeps_the_others_merged():
@@ -257,12 +266,12 @@ def test_a_permanent_merge_without_a_task_keeps_the_merged_one():
 def test_norms_of_columns_are_taken_outside_of_autocast():
     """`W + Δa + ΔW(m, W + Δb)`, where b's norms are those of its own sum."""
     lokr = METHODS["LOKR"]
-    base = nn.Sequential(nn.Linear(8, 8))
+    base = nn.Sequential(nn.Linear(32, 32))
     model = get_peft_model(base, lokr.config(target_modules=["0"]), "a").eval()
     columns = {"weight_decompose": True, "wd_on_output": False}
     model.add_adapter("b", lokr.config(target_modules=["0"], **columns))
     model.set_adapter(["a", "b"])
-    layer, x = model.base_model.model[0], torch.randn(3, 8)
+    layer, x = model.base_model.model[0], torch.randn(3, 32)
     layer.lokr_magnitude["b"].data *= 1.5
     expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -283,7 +292,7 @@ class Tied(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:`head` shares")
 def test_a_permanent_merge_of_another_adapter_parts_a_merged_weight():
-    """The embedding keeps its numbers, also where nobody can say which those of the head were."""
+    """The embedding keeps its numbers, unless nobody can say which these were."""
     ids = torch.arange(8)
     model = get_peft_model(Tied(), METHODS["LORA"].config(target_modules=["head"])).eval()
     model.add_adapter("b", METHODS["LORA"].config(target_modules=["other"]))
@@ -296,8 +305,12 @@ def test_a_permanent_merge_of_another_adapter_parts_a_merged_weight():
     plain = model.merge_and_unload(adapter_names=["b"])
     assert torch.equal(plain.embed.weight, embedding)
     torch.testing.assert_close(plain(ids), expected)
+    loaded.add_adapter("c", METHODS["LORA"].config(target_modules=["head"]))
+    delta = loaded.head.get_delta_weight("c")
+    loaded.merge_adapter(["c"])
     plain = loaded.merge_and_unload(adapter_names=["b"])
-    torch.testing.assert_close(plain(ids), (head @ other.T + model.other.bias) @ head.T)
+    embedding, head = head + delta, head + delta
+    torch.testing.assert_close(plain(ids), (embedding @ other.T + model.other.bias) @ head.T)
 
 
 def test_an_adapter_without_values_is_not_merged():
@@ -309,3 +322,35 @@ def test_an_adapter_without_values_is_not_merged():
     assert model.base_model.merged_adapters == []
     assert_base(model, before)
     model.to("meta").merge_adapter()
+
+
+def test_merges_of_an_offloaded_model_and_those_that_fail():
+    """Weights come for each step and go again; what failed has changed nothing."""
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = METHODS["POLY"].config(target_modules=["0", "1"])
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("broken", METHODS["POLY"].config(target_modules=["0"]))
+    model.base_model.model[0].poly_lora_B["broken"].data[:] = torch.nan
+    x = torch.randn(3, 8)
+    one, two = (model(x, task_ids=task).detach() for task in (1, 2))
+    with model.disable_adapter():
+        plain = model(x).detach()
+    cpu_offload(model, torch.device("cpu"))
+    both = {"adapter_names": ["default", "broken"], "safe_merge": True}
+    with pytest.raises(ValueError, match="adapter broken seems to be broken"):
+        model.merge_adapter(**both, task_id=1)
+    assert not model.base_model.merged_adapters
+    torch.testing.assert_close(model(x, task_ids=2), two)
+    model.merge_adapter(task_id=1)
+    torch.testing.assert_close(model(x), one)
+    with pytest.raises(ValueError, match="adapter broken seems to be broken"):
+        model.merge_and_unload(**both, task_id=2)
+    torch.testing.assert_close(model(x), one)
+    model.set_requires_grad("default", False)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), plain)
+        model.merge_adapter(["default"], task_id=2)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x, task_ids=1), one)
+    model.merge_adapter(task_id=1)
+    torch.testing.assert_close(model.merge_and_unload(task_id=2)(x), two)

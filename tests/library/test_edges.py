@@ -16,7 +16,7 @@ from helpers.users import USERS, save_user
 
 from peft import AdapterFleet, AdapterLibrary, AdapterPack
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
-from peft.library import adding, index, inspecting, scanning
+from peft.library import adding, index, inspecting, refreshing, scanning
 from peft.library.entry import Place
 from peft.library.index import Index
 from peft.library.pruning import prune
@@ -229,6 +229,15 @@ def test_files_that_change_while_they_are_read(folder, monkeypatch):
         with pytest.warns(UserWarning, match="Its files changed while they were read"):
             library.refresh()
     assert "users/ada" not in library and names(folder) == ALL
+
+
+def test_what_is_left_out_is_not_read_again(folder, monkeypatch):
+    (folder / "methods" / "lora" / WEIGHTS).write_bytes(b"")
+    with pytest.warns(UserWarning, match="Left out"):
+        left = AdapterLibrary(folder).left_out
+    monkeypatch.setattr(refreshing, "inspect_folder", None)
+    library = AdapterLibrary(folder)
+    assert library.left_out == left and not library.refresh()
 
 
 def test_folders_that_can_not_be_listed(folder, monkeypatch):

@@ -260,8 +260,16 @@ def test_a_written_scale_is_the_readers(layout, fields, tmp_path):
     scale = 1.0
     if layout == "lycoris" and fields["r"] == 2:
         scale = float(tensors["alpha"]) / 2
-    delta = scale * torch.kron(tensors["lokr_w1"], w2)
-    torch.testing.assert_close(again[0].get_delta_weight("default"), delta)
+    expected = model.base_model.model[0].get_delta_weight("default")
+    torch.testing.assert_close(scale * torch.kron(tensors["lokr_w1"], w2), expected)
+    torch.testing.assert_close(again[0].get_delta_weight("default"), expected)
+
+
+def test_a_file_without_a_prefix(tmp_path):
+    model, path = own(tmp_path)
+    keys = save_lokr_file(model, path, component="")
+    assert keys == ["0.alpha", "0.lokr_w1", "0.lokr_w2"]
+    assert load_lokr_file(linear(), path).fits
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
