@@ -162,9 +162,13 @@ def test_an_index_that_another_process_has_emptied_meanwhile(folder):
     before = AdapterLibrary(folder)._catalog.index
     ada, ben, cai = (Place(f"users/{name}") for name in ("ada", "ben", "cai"))
     shutil.rmtree(folder / "users" / "ben")
-    after = Index(removed={cai})
+    shutil.copytree(folder / "users" / "ada", folder / "new")
+    new, gone = Place("new"), Place("gone")  # which others have added since
+    added = {p: dataclasses.replace(before.entries[ada], place=p) for p in (new, gone)}
+    after = Index(dict(added), removed={cai})
     Findings(before, unchanged={ada, ben, cai}).apply(folder, after)
-    assert after.entries == {ada: before.entries[ada]} and after.removed == {cai}
+    assert after.entries == {ada: before.entries[ada], new: added[new]}
+    assert after.removed == {cai}
 
 
 def test_wrong_stamps_are_read_again(folder):
@@ -255,6 +259,18 @@ def test_folders_that_can_not_be_listed(folder, monkeypatch):
     refused[0] = str(folder)
     with pytest.raises(CheckpointError, match="The folder '.*' can't be read: .*denied"):
         scanning.scan(str(folder))
+
+
+def test_a_ring_of_links(folder):
+    (folder / "ring").symlink_to(folder / "ring")
+    assert scanning.scan(str(folder)).left_out == {"ring": "A link in a ring of links."}
+
+
+def test_a_table_of_entries(folder):
+    library = AdapterLibrary(folder)
+    library.score("users/ada", accuracy=0.5)
+    head = ["name", "method", "rank", "base", "model", "tasks", "size", "tags", "accuracy"]
+    assert str(library.entries).splitlines()[0].split() == head
 
 
 def test_a_name_that_is_no_text(folder):

@@ -73,8 +73,6 @@ def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None
             check_keys(keys, facts.method)
             sha256 = known.sha256 if is_same and known is not None else digest_of(file)
         after = (stamp_of(os.stat(folder / CONFIG_NAME)), stamp_of(os.stat(weights)))
-    except UnfitError:
-        raise
     except Exception as error:  # a foreign file may hold anything
         unfit = UnfitError(reason_of(error))
         unfit.is_lasting = is_lasting(error)
