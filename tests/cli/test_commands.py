@@ -345,6 +345,17 @@ def test_library(run, tmp_path):
     ]
     assert "4 adapters" in run("library list .").stdout
     assert "sound" in run("library check .").stdout
+    weights = tmp_path / "LOHA/adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # still a sound file
+    (tmp_path / "LOKR").rename(tmp_path / "away")
+    for _ in range(2):  # a check does not make what it finds the new index
+        report = CliRunner().invoke(program, ["library", "check", ".", "--json"])
+        kinds = {p["name"]: p["kind"] for p in json.loads(report.stdout)["problems"]}
+        assert kinds == {"LOHA": "changed", "LOKR": "missing", "away": "not indexed"}
+        assert report.exit_code == 1
+    weights.write_bytes(content)
+    (tmp_path / "away").rename(tmp_path / "LOKR")
     shutil.rmtree(tmp_path / "LORA")
     (tmp_path / "LOKR/adapter_config.json").write_text("{")
     with pytest.warns(UserWarning, match="Left out"):

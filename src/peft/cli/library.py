@@ -20,8 +20,8 @@ F = TypeVar("F", bound=Callable[..., object])
 def library() -> None:
     """Keep a folder of many adapters.
 
-    Each command brings the index in the folder, adapter_library.jsonl, up to date: only files that
-    changed are read.
+    Each command but check brings the index in the folder, adapter_library.jsonl, up to date: only
+    files that changed are read.
     """
 
 
@@ -102,8 +102,14 @@ def list_adapters(
 @_library_options
 @shared_options
 def check(folder: str, index_file: str | None, follow_links: bool, as_json: bool) -> None:
-    """Read all files and compare them with the index; exit code 1 if not sound."""
-    report = AdapterLibrary(folder, index=index_file, follow_links=follow_links).check()
+    """Read all files and compare them with the index; exit code 1 if not sound.
+
+    A folder without an index gets one first.
+    """
+    opened = AdapterLibrary(folder, index=index_file, follow_links=follow_links, refresh=False)
+    if not opened.index_file.exists():
+        opened.refresh()
+    report = opened.check()
     show(Result(report.to_json(), str(report)), as_json)
     if not report.ok:
         click.get_current_context().exit(1)
