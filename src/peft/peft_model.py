@@ -34,6 +34,7 @@ from .core.injection import Construction, Fill
 from .core.layer import BaseTunerLayer
 from .core.model_methods import around, forwarded
 from .core.resizing import check_resizable
+from .integrations.checkpointing import require_input_gradients
 from .status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -223,11 +224,7 @@ class PeftModel(nn.Module):
         """Make the input of the base model, or of `model`, require gradients, which checkpointed
         layers need.
         """
-        enable = getattr(
-            self.get_base_model() if model is None else model, "enable_input_require_grads", None
-        )
-        if enable is not None:
-            enable()
+        require_input_gradients(self.get_base_model() if model is None else model)
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -12,6 +12,7 @@ from helpers.models import gpt2, llama, t5
 from helpers.variants import CASES, Case, Model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import SwinConfig, SwinModel
 
 from peft import get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
@@ -305,6 +306,30 @@ def test_checkpointing_transformers_models(variant, name, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for key, gradient in checked(model, run, calls).items():
         torch.testing.assert_close(gradient, expected[key])
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_where_the_embedding_returns_a_tuple(reentrant):
+    """As Swin's. The hooks that let gradients through are there once, and leave when told to."""
+    sizes = {"image_size": 8, "patch_size": 1, "window_size": 2, "embed_dim": 8, "depths": [2]}
+    torch.manual_seed(0)
+    base = SwinModel(SwinConfig(**sizes, num_heads=[2], drop_path_rate=0.0))
+    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["q_proj", "fc1"]))
+    images, found = torch.randn(2, 3, 8, 8), []
+    for on in (False, True):
+        if on:
+            for _ in range(2):
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train().zero_grad()
+        model(pixel_values=images).last_hidden_state.square().sum().backward()
+        found.append(gradients(model))
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+    embeddings = base.get_input_embeddings()
+    assert len(embeddings._forward_hooks) == 1
+    model.disable_input_require_grads()
+    assert not embeddings._forward_hooks
 
 
 def test_checkpointing_under_autocast(case):

@@ -11,6 +11,7 @@ from torch import nn
 from ..base.errors import PeftTypeError, warn
 from ..base.modules import check_model, infer_device
 from ..base.tensors import ordinary_tensors
+from .checkpointing import require_input_gradients
 
 # Quantization methods whose kernels take the other parameters in 16 bits.
 _IN_16_BITS = ("aqlm", "eetq", "gptq", "hqq", "torchao")
@@ -60,10 +61,10 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and infer_device() != "cpu":
         getattr(torch, infer_device()).empty_cache()
     if use_gradient_checkpointing:
-        enable, checkpoint = (getattr(model, name) for name in needed)
-        enable()
         given = gradient_checkpointing_kwargs
+        checkpoint = getattr(model, needed[1])
         checkpoint(**({} if given is None else {"gradient_checkpointing_kwargs": given}))
+        require_input_gradients(model)
     return model
 
 
