@@ -174,10 +174,9 @@ class PeftModel(nn.Module):
         cached = self.base_model.inference_cache.during_call(runs_often=True)
         with self.base_model.running_calls.during(kwargs.get("adapter_names")), cached:
             batch = self.base_model.chosen_adapters(args, kwargs, generate)
-            context = partial(ADAPTER_BATCHES.during, None)
             if batch is not None:
-                context = partial(batch.generating, base)
-            return run_in(context, lambda: generate(*args, **kwargs))
+                return run_in(partial(batch.generating, base), lambda: generate(*args, **kwargs))
+            return run_in(partial(ADAPTER_BATCHES.during, None), lambda: generate(*args, **kwargs))
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""

@@ -331,14 +331,14 @@ def import_state(
     result = {}
     converted = tuner.checkpoint_format.import_state(dict(state), config, names)
     for key, tensor in converted.items():
-        if _repeats(key, converted):
-            continue
+        is_repeated = _repeats(key, converted)
         end = key.removeprefix(MODEL_ROOT)
         if end in tuner.shared_parameter_names:
             key = ROOT + end  # some writers use the prefix of modules
         if remove:
             key = key.removeprefix(MODEL_ROOT).removeprefix(ROOT)
-        result[key] = tensor
+        if key in names or not is_repeated:  # the model may have a module of such a name
+            result[key] = tensor
     return result
 
 

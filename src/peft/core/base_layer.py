@@ -94,9 +94,18 @@ def place_for_shared(root: nn.Module, name: str) -> nn.Module:
 
 def innermost(module: nn.Module) -> nn.Module:
     """Return the layer itself, below any adapters around it."""
-    while (inner := module._modules.get("base_layer")) is not None:
+    while (inner := _below(module)) is not None:
         module = inner
     return module
+
+
+def _below(module: nn.Module) -> nn.Module | None:
+    """Return the module that a layer with adapters is around; None for any other module, which may
+    have a child of that name.
+    """
+    if not hasattr(type(module), "adapter_layer_names"):
+        return None
+    return module._modules.get("base_layer")
 
 
 def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
@@ -105,7 +114,7 @@ def layer_of(module: nn.Module, layer_cls: type[L]) -> L | None:
     while inner is not None:
         if isinstance(inner, layer_cls):
             return inner
-        inner = inner._modules.get("base_layer")
+        inner = _below(inner)
     return None
 
 
