@@ -3,6 +3,8 @@
 linear layers: it computes nearly what it did, and is not merged.
 """
 
+import copy
+
 import pytest
 import torch
 from helpers.models import TARGETS, mlp
@@ -13,8 +15,9 @@ import peft
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_adapted_model_runs_quantized(method):
-    model = peft.get_peft_model(mlp(), method.config(target_modules=TARGETS)).eval()
+def test_an_adapted_model_runs_quantized(method, tmp_path):
+    base = mlp()
+    model = peft.get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS)).eval()
     x = torch.randn(5, 8)
     expected = model(x, **method.call)
     quantize_dynamic(model, {nn.Linear}, inplace=True)
@@ -26,3 +29,10 @@ def test_an_adapted_model_runs_quantized(method):
         model.merge_adapter(**method.merge)
     if isinstance(model.peft_config["default"], peft.LoraConfig):
         assert type(model.base_model.model[0].lora_A["default"]) is not nn.Linear
+        with pytest.raises(ValueError, match=r"`base_model.model.0.lora_A` is quantized"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    else:
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(loaded(x, **method.call), expected)

@@ -107,6 +107,12 @@ class LoraFormat(CheckpointFormat[LoraConfig]):
     def export_state(self, state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         """Return tensors by the keys of a checkpoint."""
         end = f"{_MAGNITUDE}.weight"
+        if quantized := [key for key in state if key.endswith("lora_A.zero_point")]:
+            raise PeftNotSupportedError(
+                f"`{quantized[0].removesuffix('.zero_point')}` is quantized, by `quantize_dynamic` "
+                "for example, and a checkpoint has factors of full precision; save the adapter "
+                "before you quantize the model."
+            )
         return {
             key.removesuffix(".weight") if key.endswith(end) else key: tensor
             for key, tensor in state.items()
