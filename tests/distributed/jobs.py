@@ -745,6 +745,13 @@ def roles(method):
     return found, ""
 
 
+def changed(*args, **options):
+    """Change a sharded model and a whole one."""
+    import changes
+
+    return changes.changed(*args, **options)
+
+
 def rows_of_tasks():
     """Poly with single rows open, sharded by FSDP2 and plain, on the same batches."""
     from torch.distributed.fsdp import fully_shard

@@ -204,6 +204,46 @@ def test_merging_a_sharded_model(pool, name, engine, options):
         assert not torch.allclose(off, before, atol=1e-4)
 
 
+SLICES, GATHER = "FullyShardedDataParallel", "deepspeed.zero.GatheredParameters"
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "change", "options", "refusal"),
+    [
+        # Right after a forward the parameters are full copies, which FSDP2 then drops.
+        ("fsdp2", "LOKR", "clip", {}, ""),
+        ("fsdp2", "LOKR", "clip", {"called": False}, ""),
+        ("fsdp2", "LOKR", "merge", {}, ""),
+        ("fsdp2", "LOKR", "switch", {}, ""),
+        ("fsdp2", "LOKR", "delete", {"called": False}, ""),
+        ("fsdp2", "POLY", "skills", {}, ""),
+        ("fsdp2", "VBLORA", "bank", {}, ""),
+        ("fsdp1", "LOKR", "clip", {}, SLICES),
+        ("fsdp1", "LOKR", "clip", {"gather": True}, ""),
+        ("fsdp1", "LOKR", "convert", {}, SLICES),
+        ("fsdp1", "LOKR", "swap", {}, SLICES),
+        ("fsdp1", "LOKR", "delete", {}, ""),
+        ("fsdp1", "LOKR", "save", {}, SLICES),
+        ("fsdp1", "LOKR", "save_gathered", {}, ""),
+        ("fsdp1", "POLY", "skills", {}, SLICES),
+        ("fsdp1", "VBLORA", "bank", {}, SLICES),
+        # An optimizer's step would write its own copies over full parameters.
+        ("zero3", "VBLORA", "load", {}, GATHER),
+    ],
+)
+def test_a_change_of_a_sharded_model_is_kept_or_refused(
+    pool, tmp_path, engine, method, change, options, refusal
+):
+    """Of all processes alike, with nothing changed where it is refused."""
+    for error, sharded, whole in pool.run(
+        "changed", engine, method, change, str(tmp_path), **options
+    ):
+        assert refusal in error and bool(refusal) == bool(error)
+        assert len(sharded) == len(whole)
+        for found, expected in zip(sharded, whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("version", "kind"),
     [(1, "SHARDED_STATE_DICT"), (1, "FULL_STATE_DICT"), (2, "SHARDED_STATE_DICT")],

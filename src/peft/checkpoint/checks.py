@@ -38,7 +38,7 @@ def check_state(
         CheckpointError: Shape or kind of a tensor differ, or two values of tied weights.
         PeftRuntimeError: ZeRO-3 has emptied a tensor.
     """
-    check_gathered(expected)
+    check_gathered(expected.values(), written=True)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     mismatched = {}

@@ -32,7 +32,7 @@ from ..base.registry import (
     lookup,
 )
 from ..base.tensors import ordinary_tensors
-from ..integrations.distributed import is_unmaterialized, unwrap_model
+from ..integrations.distributed import check_in_place, is_unmaterialized, unwrap_model
 from .checks import check_adapter_unmerged, warn_of_values
 from .files import CONFIG_NAME, read_json
 from .hub import find_file, load_peft_weights, of_one_save, only_hub_options
@@ -275,6 +275,7 @@ class _Swap:
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.silent: dict[str, Tensor] = {}
         check_adapter_unmerged(model, adapter_name)
+        check_in_place(self.adapter.tensors().values())
         for path, layer in layers.items():
             self.problems += [
                 f"`{path}`: {problem}"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.containers import AdapterContainer
+from ..base.errors import PeftRuntimeError
 from ..integrations.accelerate import end_offloading, is_offloaded
-from ..integrations.distributed import gathered_tensor
+from ..integrations.distributed import gathered_tensor, is_managed
 from ..ops.dispatch import are_unhooked
 
 
@@ -25,6 +26,23 @@ class AdapterParameterDict(AdapterContainer, nn.ParameterDict):
     """
 
     __module__ = "peft.tuners.tuners_utils"  # where pickles look for it
+
+    def __delitem__(self, adapter_name: str) -> None:
+        held = self._parameters.get(adapter_name)
+        super().__delitem__(adapter_name)
+        if held is not None and is_managed(held):
+            # An engine has noted the parameter's place here, where it looks for it, and puts it
+            # back in each call.
+            held.requires_grad_(False)
+            self._parameters[adapter_name] = held
+
+    def make_room(self, adapter_name: str, entry: object) -> None:
+        """Check that no engine will put the parameter of a deleted adapter in the entry's place."""
+        if is_managed(self._parameters.get(adapter_name)) and adapter_name not in self._keys:
+            raise PeftRuntimeError(
+                f"An engine that shards the model still holds the parameters of adapter "
+                f"{adapter_name}, which was deleted; choose another name."
+            )
 
     def __call__(self, adapter_name: str) -> Tensor:
         """Return an adapter's parameter, as `forward` does."""

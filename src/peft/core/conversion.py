@@ -18,6 +18,7 @@ from ..base.tables import alike, table
 from ..base.validation import check_adapter
 from ..checkpoint.files import write_adapter
 from ..config import PeftConfig
+from ..integrations.distributed import check_whole
 from .adapter_choice import active_in, adapter_meant
 from .combining import outer_path
 from .layer import BaseTunerLayer
@@ -140,6 +141,8 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
             f"{adapter_name}."
         )
     for path, layer in layers.items():
+        with naming_layer(path):
+            check_whole(layer.adapter_tensors(adapter_name))
         base = layer.get_base_layer()
         weight = base._parameters.get("weight")
         is_absent = weight is not None and weight.is_meta and not hasattr(base, "_hf_hook")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import PeftRuntimeError, PeftValueError
-from ..integrations.distributed import gathered_tensor, is_managed
+from ..integrations.distributed import gathered_tensor, is_managed, take_back
 from ..integrations.quantization import StorageFormat
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe, Written
@@ -302,6 +302,7 @@ class Merges:
 
     def _rewrite(self, base: nn.Module, first: int, new: list[Merge], check: bool) -> None:
         """Replace the merges from number `first` on; on an error nothing is changed."""
+        take_back(base)
         with exact_merge.isolated(_weight(base).device):
             storage = quantized_format(base)
             if storage is not None:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..base.errors import PeftTypeError, PeftValueError, warn
 from ..base.validation import check_adapter
+from ..integrations.distributed import take_back
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel
     from .layer import BaseTunerLayer
 
 Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
@@ -19,6 +21,12 @@ Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
 
 Shared = Collection[AdapterParameterDict]
 """The containers of parameters that all layers share."""
+
+
+def to_change(tuner: AdaptedModel[Any]) -> list[Part]:
+    """Return a tuner's parts, whose parameters are those that training uses from now on."""
+    take_back(tuner)
+    return list(tuner.parts())
 
 
 def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:

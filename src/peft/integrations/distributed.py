@@ -14,14 +14,12 @@ All processes have to call the functions that gather.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.containers import StateDict, named_tensors, state_of, walk
-from ..base.errors import PeftRuntimeError, PeftTypeError
+from ..base.errors import PeftRuntimeError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -97,7 +95,9 @@ def state_tensors(model: nn.Module, adapters: Collection[str] | None) -> dict[st
     if outside:
         raise PeftRuntimeError(
             f"`{outside[0]}` is a slice held by a FullyShardedDataParallel module around this "
-            "model; pass that module in place of this one, or the gathered tensors as `state_dict`."
+            "model; pass that module to `get_peft_model_state_dict` or "
+            "`set_peft_model_state_dict`, or the gathered tensors to `save_pretrained` as "
+            "`state_dict`."
         )
     transient = {
         f"{path}.{name}".lstrip(".")
@@ -131,7 +131,7 @@ def read_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> StateDict:
     Raises:
         PeftRuntimeError: ZeRO-3 has emptied a tensor.
     """
-    check_gathered(tensors)
+    check_gathered(tensors.values())
     wanted: dict[int, dict[str, str]] = {}
     result = {}
     for key, tensor in tensors.items():
@@ -166,7 +166,7 @@ def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) ->
     for target, value in pairs:
         source = _source(target)
         if source is None:
-            target.copy_(shard_like(target, value))
+            write_value(target, value)
         else:
             held[source.key] = gathered_tensor(value)
     if held and model is not None:
@@ -182,15 +182,71 @@ def write_values(model: nn.Module | None, pairs: list[tuple[Tensor, Tensor]]) ->
             model.load_state_dict(held, strict=False)
 
 
-def check_gathered(tensors: Mapping[str, object]) -> None:
-    """Check that ZeRO-3 has emptied none of some tensors."""
-    for tensor in tensors.values():
-        if _is_emptied(tensor):
+def check_gathered(tensors: Iterable[object], written: bool = False) -> None:
+    """Check that ZeRO-3 has emptied none of some tensors, nor made copies of some to be `written`.
+
+    Parameters below `stage3_param_persistence_threshold` are full copies after a forward. What is
+    written to these is lost in the next step, so they are gathered for that too.
+    """
+    for tensor in tensors:
+        if _is_emptied(tensor) or (written and _is_copy(tensor)):
             raise PeftRuntimeError(
                 "DeepSpeed ZeRO-3 has distributed the adapter's parameters over the processes; "
                 "do this inside `deepspeed.zero.GatheredParameters(...)`, or pass the gathered "
                 "tensors (`accelerator.get_state_dict(model)`) as `state_dict`."
             )
+
+
+def check_whole(tensors: Iterable[Tensor], written: bool = False) -> None:
+    """Check that an adapter's tensors can be read, or `written`: neither ZeRO-3 nor FSDP1 holds
+    them elsewhere.
+    """
+    every = list(tensors)
+    check_gathered(every, written)
+    slices = [tensor for tensor in every if is_flattened(tensor)]
+    if slices and all(tensor.dim() < 2 for tensor in slices):
+        raise PeftRuntimeError(
+            "FullyShardedDataParallel holds slices of the adapter's parameters; do this inside "
+            "`FullyShardedDataParallel.summon_full_params(model)` on every process, or before the "
+            "model is sharded."
+        )
+
+
+def check_in_place(tensors: Iterable[Tensor]) -> None:
+    """Check that tensors of `state_tensors` can be exchanged where they are."""
+    every = list(tensors)
+    check_whole(every, written=True)
+    if any(_source(tensor) is not None for tensor in every):
+        raise PeftRuntimeError(
+            "FullyShardedDataParallel holds slices of the adapter's parameters; "
+            "`set_peft_model_state_dict` writes an adapter of the same rank into such a model."
+        )
+
+
+def take_back(root: nn.Module) -> None:
+    """Let FSDP2 take back the full copies of a model's parameters that it leaves after a forward.
+    What is written to a copy, or to its `requires_grad`, is lost when it does. Every change of
+    parameters begins with this. While a forward or a backward runs, the copies stay.
+    """
+    library = torch.distributed
+    if not (library.is_available() and library.is_initialized()):
+        return
+    for _, module in walk(root, None):
+        for hook in list(module._state_dict_pre_hooks.values()):
+            # A state dict has sharded parameters, so a unit takes back its copies before one.
+            if getattr(hook, "__qualname__", "").startswith("FSDPParamGroup."):
+                units = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+                states = [getattr(unit, "_training_state", None) for unit in units]
+                if all(getattr(state, "name", "IDLE") == "IDLE" for state in states):
+                    hook(module, "", True)
+
+
+@torch.no_grad()
+def write_value(target: Tensor, value: Tensor) -> None:
+    """Copy a full value into a parameter that `check_whole` has passed. Every process has to call,
+    with the same value.
+    """
+    target.copy_(shard_like(target, value))
 
 
 @contextmanager
@@ -247,6 +303,11 @@ def is_managed(tensor: object) -> bool:
     return is_distributed(tensor) or is_flattened(tensor)
 
 
+def is_sharded(tensor: object) -> bool:
+    """Return True for a parameter of an engine, ZeRO-3 included, whose shape must stay."""
+    return is_managed(tensor) or hasattr(tensor, "ds_numel")
+
+
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:
     """Return True for a DTensor."""
     library = sys.modules.get("torch.distributed.tensor")
@@ -259,13 +320,13 @@ def gathered_tensor(tensor: Tensor) -> Tensor:
 
 
 def needs_all_processes(model: nn.Module) -> bool:
-    """Return True if all processes have to call to read a model's tensors: there are DTensors among
-    its parameters, or there will be. FSDP2 leaves parameters full after a forward until the next
-    backward, or the next `state_dict`.
+    """Return True if all processes have to call to read a model's tensors, or to find the same
+    error: FSDP holds its parameters. FSDP2 leaves them full after a forward until the next
+    backward, or the next `state_dict`. Of ZeRO-3 the first process alone gets a gathered state.
     """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return any(isinstance(module, kind) for _, module in walk(model)) or any(
-        is_distributed(parameter) for parameter in model.parameters()
+        is_managed(parameter) for parameter in model.parameters()
     )
 
 
@@ -338,6 +399,16 @@ def _is_emptied(tensor: object) -> bool:
     )
 
 
+def _is_copy(tensor: object) -> bool:
+    """Return True for a full copy that ZeRO-3 keeps of a small parameter, outside of a context that
+    gathers it.
+    """
+    is_kept = getattr(tensor, "ds_persist", False) and not _is_emptied(tensor)
+    library = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    depth = getattr(library, "DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR", None) if is_kept else None
+    return depth is not None and not getattr(tensor, depth, 0)
+
+
 def is_flattened(tensor: object) -> bool:
     """Return True for a parameter whose memory is part of a flat parameter of FSDP1."""
     return getattr(tensor, "_fsdp_flattened", False)
@@ -389,53 +460,3 @@ def _stand_ins(units: Mapping[str, _Unit]) -> dict[str, Tensor]:
             tensor._peft_source = _Source(unit, unwrapped_name(name), key)
             result[key] = tensor
     return result
-
-
-def unsplit_classes(model: nn.Module) -> set[str]:
-    """Return the names of the module classes that a transformers model, or a model in it, keeps on
-    one device.
-    """
-    found: set[str] = set()
-    for _, module in walk(model):
-        found |= {*(getattr(type(module), "_no_split_modules", None) or ())}
-        found |= {*(vars(module).get("_no_split_modules") or ())}
-    return found
-
-
-def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Return an auto-wrap policy for FSDP1 that wraps each transformer block, and each trainable
-    leaf with a `weight`, so that it is kept apart from frozen weights.
-
-    The blocks are of the classes that the environment variable `FSDP_TRANSFORMER_CLS_TO_WRAP` names
-    (separated by commas), by default of those in the model's `_no_split_modules`.
-
-    Args:
-        model: A `PeftModel`, or any model.
-
-    Raises:
-        PeftTypeError: The model has no module of a class that the variable names.
-    """
-    from torch.distributed.fsdp.wrap import (
-        _or_policy,
-        lambda_auto_wrap_policy,
-        transformer_auto_wrap_policy,
-    )
-
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = unsplit_classes(model) if named is None else set(filter(None, named.split(",")))
-    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
-    missing = names - {cls.__name__ for cls in classes}
-    if missing and named is not None:
-        raise PeftTypeError(
-            "Could not find the transformer layer class to wrap in the model: "
-            f"{', '.join(sorted(missing))}, from the environment variable "
-            "`FSDP_TRANSFORMER_CLS_TO_WRAP`."
-        )
-    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
-    blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
-    return functools.partial(_or_policy, policies=[leaves, blocks])
-
-
-def _is_trainable_leaf(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return not module._modules and weight is not None and weight.requires_grad

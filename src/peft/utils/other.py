@@ -22,9 +22,9 @@ from ..base.placeholders import placeholders
 from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, transpose
 from ..core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.trainable_tokens import TrainableTokensWrapper
-from ..integrations.distributed import fsdp_auto_wrap_policy
-from ..integrations.distributed import unsplit_classes as _get_no_split_modules
 from ..integrations.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from ..integrations.wrapping import fsdp_auto_wrap_policy
+from ..integrations.wrapping import unsplit_classes as _get_no_split_modules
 
 # Names of the interface that this package does not implement, as placeholders.
 _get_batch_size: type

@@ -18,6 +18,7 @@ from ...core.adapters import AdapterParameterDict, read_optional
 from ...core.base_layer import conv_options, pad_input
 from ...core.method_info import AdapterCost
 from ...core.weights import base_weight
+from ...integrations.distributed import write_value
 from ...ops.exact_merge import Recipe
 from ...ops.fused_linear import Chain
 from ...ops.low_rank import LowRank, approximate, cut, dense_svd
@@ -280,9 +281,10 @@ class LoKrLayer(LycorisLayer):
         )
         if norm <= largest:
             return norm, False
-        factors = [factor for factor in self.factors(adapter_name) if factor is not None]
+        parameters = [self._modules[name]._parameters.get(adapter_name) for name in _FACTORS]
+        factors = [factor for factor in parameters if factor is not None]
         for factor in factors:
-            factor.mul_((largest / norm) ** (1 / len(factors)))
+            write_value(factor, factor * (largest / norm) ** (1 / len(factors)))
         return largest, True
 
 

@@ -17,6 +17,7 @@ from ...core.combining import Combination, Combined
 from ...core.method_info import Role
 from ...core.model_methods import forwarded, methods_of
 from ...core.parameter_targets import ParameterTarget
+from ...integrations.distributed import check_whole, take_back
 from ..lycoris_utils import LycorisTuner
 from . import combining
 from .config import LoKrConfig, layer_options
@@ -116,6 +117,7 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
             The norm of each delta afterwards, by module path; the largest if there are several.
 
         Raises:
+            PeftRuntimeError: ZeRO-3 or FSDP1 hold the factors elsewhere; nothing is changed.
             PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is
                 changed.
         """
@@ -125,11 +127,18 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
         with changing(self):
             names = self.active_adapters if adapter_name is None else self.check_names(adapter_name)
             with changing(self, names):
-                for path, layer in self.named_tuner_layers():
-                    for name in names:
-                        if isinstance(layer, LoKrLayer) and name in layer.scaling:
-                            norm = layer.clip_norm(name, largest)[0]
-                            norms[path] = max(norm, norms.get(path, 0.0))
+                take_back(self)
+                chosen = [
+                    (path, layer, name)
+                    for path, layer in self.named_tuner_layers()
+                    for name in names
+                    if isinstance(layer, LoKrLayer) and name in layer.scaling
+                ]
+                for _, layer, name in chosen:
+                    check_whole(layer.adapter_tensors(name), written=True)
+                for path, layer, name in chosen:
+                    norm = layer.clip_norm(name, largest)[0]
+                    norms[path] = max(norm, norms.get(path, 0.0))
         return norms
 
     def combine(self, request: Combination, layers: Mapping[str, LoKrLayer]) -> Combined:

@@ -15,7 +15,7 @@ from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueErr
 from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
 from ...core.routing.task_ids import some_tasks
-from ...integrations.distributed import is_managed
+from ...integrations.distributed import check_whole, is_sharded, take_back
 from .layer import PolyLayer
 from .router import TaskRouter
 from .task_skills import TaskSkills
@@ -62,8 +62,12 @@ class PolyAdapter:
         cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None, needs_tasks: bool = True
     ) -> AbstractContextManager[PolyAdapter]:
         """Return a context for a change of an adapter, by default the active one."""
-        find = cls.with_tasks if needs_tasks else cls.of
-        return changing_found(tuner, lambda: find(tuner, adapter_name))
+
+        def find() -> PolyAdapter:
+            take_back(tuner)
+            return (cls.with_tasks if needs_tasks else cls.of)(tuner, adapter_name)
+
+        return changing_found(tuner, find)
 
     def check_has_tasks(self) -> None:
         """Check that a layer routes by task."""
@@ -102,12 +106,17 @@ class PolyAdapter:
             )
         return True
 
+    def check_readable(self, written: bool = False) -> None:
+        """Check that no engine holds the adapter's tensors elsewhere, to read or to write them."""
+        for layer in self.layers.values():
+            check_whole(layer.adapter_tensors(self.name), written)
+
     def check_unsharded(self, action: str) -> None:
         """Check that no engine has sharded the tensors that an action, "add skills", replaces."""
         for path, layer in self.layers.items():
             tables = (table.closed_table for table in layer.task_tables(self.name))
             skills = layer.poly_lora_A[self.name], layer.poly_lora_B[self.name]
-            if any(is_managed(parameter) for parameter in (*skills, *tables)):
+            if any(is_sharded(parameter) for parameter in (*skills, *tables)):
                 raise PeftRuntimeError(
                     f"`{path}`: an engine has sharded adapter {self.name}; {action} before that."
                 )

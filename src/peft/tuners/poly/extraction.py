@@ -22,6 +22,7 @@ from .router import InputRouter, TaskRouter
 
 def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
     """Make an adapter with one task and one skill, the mean of an adapter's skills."""
+    adapter.check_readable()
     weights = {}
     for path, layer in adapter.layers.items():
         A = layer.poly_lora_A[adapter.name]
@@ -31,6 +32,7 @@ def average_skills(adapter: PolyAdapter, new_adapter: str) -> None:
 
 def extract_tasks(adapter: PolyAdapter, new_adapter: str, tasks: Tasks | Shares) -> None:
     """Make an adapter of some tasks with all skills, or, from shares by task, of their blend."""
+    adapter.check_readable()
     if isinstance(tasks, Mapping):
         shares, routers = task_shares(tasks, adapter.config, "tasks"), adapter.task_routers()
         weights = {}

@@ -120,6 +120,7 @@ def set_router_weights(
     adapter: PolyAdapter, weights: WeightTable | Mapping[str, WeightTable]
 ) -> None:
     """Set the weights with which each task mixes the skills."""
+    adapter.check_readable(written=True)
     routers = adapter.task_routers()
     tables = weights if isinstance(weights, Mapping) else dict.fromkeys(routers, weights)
     if unknown := sorted(set(tables) - set(routers)):
@@ -129,7 +130,7 @@ def set_router_weights(
         )
     logits = {path: _logits_of(table, routers[path], path) for path, table in tables.items()}
     for path, values in logits.items():
-        routers[path].module_logits.copy_(values)
+        routers[path].overwrite(values)
 
 
 @ordinary_tensors()

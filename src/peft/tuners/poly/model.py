@@ -202,7 +202,9 @@ class PolyModel(RoutingTuner[PolyConfig]):
             PeftValueError: There is no such adapter.
             PeftNotSupportedError: It routes by input.
         """
-        routers = PolyAdapter.with_tasks(self, adapter_name).task_routers()
+        adapter = PolyAdapter.with_tasks(self, adapter_name)
+        adapter.check_readable()
+        routers = adapter.task_routers()
         return {path: router.task_weights().detach() for path, router in routers.items()}
 
     def set_router_weights(

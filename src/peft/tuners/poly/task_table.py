@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import PeftRuntimeError
-from ...integrations.distributed import gathered_tensor, is_distributed, is_managed, shard_like
+from ...integrations.distributed import (
+    gathered_tensor,
+    is_distributed,
+    is_managed,
+    is_sharded,
+    shard_like,
+    write_value,
+)
 
 
 class _Rows(nn.ParameterList):
@@ -80,7 +87,7 @@ class TaskTable(nn.Module):
 
     def check_can_open(self) -> None:
         """Check that rows can be trained separately."""
-        if is_managed(self.closed_table):
+        if is_sharded(self.closed_table):
             raise PeftRuntimeError(
                 "An engine has sharded the adapter; choose what trains before the model is sharded."
             )
@@ -113,10 +120,12 @@ class TaskTable(nn.Module):
         if opened:
             self.open_rows([task for task, before in enumerate(origin) if before in opened])
 
-    @torch.no_grad()
     def overwrite(self, values: Tensor) -> None:
         """Write values of the same shape into the table and so into its open rows."""
-        self.closed_table.copy_(values)
+        write_value(self.closed_table, values)
+        for row, (start, stop) in zip(self.rows, self.runs, strict=True):
+            if is_managed(row):  # and so not in the table's memory
+                write_value(row, values[start:stop])
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ...base.calls.running import changing_found
-from ...base.errors import PeftValueError
+from ...base.errors import PeftRuntimeError, PeftValueError
 from ...core.adapter_choice import named_or_active
 from ...core.tuner import BaseTuner
+from ...integrations.distributed import is_sharded, take_back
 from .config import RoutedConfig
 from .deltas import Experts
 from .layer import RoutedLayer
@@ -42,7 +43,19 @@ class RoutedAdapter:
         cls, tuner: BaseTuner[RoutedConfig], adapter_name: str | None
     ) -> AbstractContextManager[RoutedAdapter]:
         """Return a context for a change of an adapter, by default the active one."""
-        return changing_found(tuner, lambda: cls.of(tuner, adapter_name))
+
+        def find() -> RoutedAdapter:
+            take_back(tuner)
+            found = cls.of(tuner, adapter_name)
+            for path, layer in found.layers.items():
+                if any(map(is_sharded, layer.adapter_tensors(found.name))):
+                    raise PeftRuntimeError(
+                        f"`{path}`: an engine has sharded adapter {found.name}; change it before "
+                        "the model is sharded."
+                    )
+            return found
+
+        return changing_found(tuner, find)
 
     def check_unmerged(self) -> None:
         """Check that the adapter is not merged into the weights, which would stay as they are."""

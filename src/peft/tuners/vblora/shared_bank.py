@@ -29,6 +29,7 @@ from ...checkpoint.files import read_metadata, read_weights, write_tensors
 from ...checkpoint.hub import find_file, local_folder, only_hub_options
 from ...checkpoint.paths import as_folder
 from ...core.adapter_choice import adapter_of
+from ...integrations.distributed import check_whole, take_back, write_value
 from .config import VBLoRAConfig
 from .layer import VBLoRALayer
 
@@ -121,6 +122,7 @@ class VectorBank:
                 vectors are NaN or infinite.
         """
         name, layer = _layer_with_bank(model, adapter_name)
+        check_whole([layer.bank(name)])
         return cls(layer.bank(name))
 
     def put_into(self, model: nn.Module, adapter_name: str | None = None) -> None:
@@ -141,6 +143,7 @@ class VectorBank:
                 f"and `vector_length={self.vector_length}`."
             )
         bank = layer.vblora_vector_bank[name]
+        check_whole([bank], written=True)
         if bank.shape != self.vectors.shape:
             raise PeftValueError(
                 f"This bank has the size {list(self.vectors.shape)}, that of adapter {name} "
@@ -153,8 +156,8 @@ class VectorBank:
                 f"adapter {name}, can't hold; keep the adapter in float32 "
                 "(`autocast_adapter_dtype=True`)."
             )
-        with changing(model, [name]), torch.no_grad():
-            bank.copy_(self.vectors)
+        with changing(model, [name]):
+            write_value(bank, self.vectors)
 
     def grow(
         self, n: int, bound: float = 0.02, generator: torch.Generator | None = None
@@ -218,6 +221,7 @@ class VectorBank:
 
 def _layer_with_bank(model: nn.Module, adapter_name: str | None) -> tuple[str, VBLoRALayer]:
     """Return the name of the adapter that is meant, and a layer that has it."""
+    take_back(model)
     name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
     layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
     return name, next(layer for layer in layers if name in layer.scaling)
