@@ -158,7 +158,7 @@ def test_what_an_engine_has_sharded_is_left_alone(change, monkeypatch):
     model = poly().train()
     last = list(task_routers(model).values())[-1].module_logits
     for module in (task_table, adapter):
-        monkeypatch.setattr(module, "is_managed", lambda p: p is last)
+        monkeypatch.setattr(module, "is_sharded", lambda p: p is last)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="ngine has sharded (the )?adapter.*before"):
         change(model)
