@@ -67,9 +67,12 @@ class Stream(nn.Module):
         self.layer = nn.Linear(8, 8)
 
     def forward(self, x):
-        for _ in range(2):
-            x = self.layer(x)
-            yield x
+        try:
+            for _ in range(2):
+                x = self.layer(x)
+                yield x
+        finally:
+            self.ended = True
 
     def generate(self, x):
         for item in self(x):
@@ -88,6 +91,11 @@ def test_a_method_that_yields_runs_as_the_call_at_each_item(method, run):
     for i, name in enumerate(names):
         own = alone(model, method, name, i, lambda i, call: list(model(x[i : i + 1], **call)))
         torch.testing.assert_close([item[i : i + 1] for item in seen], own)
+    model.get_base_model().ended = False
+    items = getattr(model, run)(x, adapter_names=names, **all_tasks(method, 3))
+    next(items)
+    items.close()
+    assert model.get_base_model().ended
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

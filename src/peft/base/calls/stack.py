@@ -14,7 +14,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
@@ -110,9 +110,19 @@ def lazily(output: R, run: Callable[[Callable[[], object]], object]) -> R:
     """Return a method's output; if it is an iterator, one that makes each item by `run`."""
     if not isinstance(output, Iterator):
         return output
-    end, iterator = object(), output
-    items = (run(lambda: next(iterator, end)) for _ in itertools.repeat(None))
-    return cast(R, itertools.takewhile(lambda item: item is not end, items))
+    return cast(R, _items(output, run))
+
+
+def _items(
+    iterator: Iterator[object], run: Callable[[Callable[[], object]], object]
+) -> Iterator[object]:
+    end = object()
+    try:
+        while (item := run(lambda: next(iterator, end))) is not end:
+            yield item
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()  # its own blocks end with it
 
 
 class _Backward:
