@@ -171,6 +171,17 @@ def test_an_index_that_another_process_has_emptied_meanwhile(folder):
     assert after.removed == {cai}
 
 
+def test_a_lost_adapter_that_was_removed_is_new_when_it_comes_back(folder):
+    library = AdapterLibrary(folder)
+    library.tag("users/ada", "x")
+    shutil.move(folder / "users" / "ada", folder.parent / "away")
+    library.refresh()
+    library.remove("users/ada")
+    shutil.move(folder.parent / "away", folder / "users" / "ada")
+    library.refresh()
+    assert library["users/ada"].tags == ()
+
+
 def test_wrong_stamps_are_read_again(folder):
     library = AdapterLibrary(folder)
     first, *lines = map(json.loads, library.index_file.read_text().splitlines())

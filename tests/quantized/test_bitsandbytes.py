@@ -315,7 +315,7 @@ def test_a_failure_while_quantising_leaves_the_layer(monkeypatch):
     layer.merge()
     merged = state(model)
     model.add_adapter("b", METHODS["LOKR"].config(target_modules=["0"]))
-    keys = [key for key in merged if ".b" not in key]
+    keys = [key for key in merged if "b" not in key.split(".")]
     with monkeypatch.context() as patch:
         patch.setattr(bnb.functional, "quantize_4bit", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
