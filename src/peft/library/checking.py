@@ -44,8 +44,8 @@ def check(
             problems.append(Problem(entry.name, "damaged", str(error)))
     if entries is None:
         problems += _others(root, index, follow_links)
-    order = {"missing": 0, "damaged": 1, "changed": 2}
-    problems.sort(key=lambda problem: (order.get(problem.kind, 3), problem.kind, problem.name))
+    order = {"missing": 0, "damaged": 1}
+    problems.sort(key=lambda problem: (order.get(problem.kind, 2), problem.kind, problem.name))
     return LibraryReport(len(chosen), size, tuple(problems))
 
 
