@@ -143,9 +143,9 @@ class AdaptedModel(nn.Module, Generic[C]):
 
     def auxiliary_wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
         """Yield the wrappers of modules that are trained beside the adapters."""
-        return (module for module in self.parts() if isinstance(module, AuxiliaryTrainingWrapper))
+        return (module for module in self._parts() if isinstance(module, AuxiliaryTrainingWrapper))
 
-    def parts(self) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    def _parts(self) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
         """Yield all modules that have an entry for each adapter."""
         kinds = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
         return (module for _, module in walk(self.model) if isinstance(module, kinds))
@@ -325,7 +325,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """Make these adapters the active ones, unchecked; an empty list leaves none active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         with self.running_calls.change((), active=True):
-            parts = switching.to_change(self)
+            parts = switching.to_change(self, self._parts())
             switching.check_can_be_active(parts, names)
             if switching.is_merged(parts):
                 warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
@@ -344,7 +344,7 @@ class AdaptedModel(nn.Module, Generic[C]):
             PeftValueError: An unknown name.
         """
         with changing(self), changing(self, names := self.check_names(adapter_names)):
-            for part in switching.to_change(self):
+            for part in switching.to_change(self, self._parts()):
                 part.set_requires_grad(names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
@@ -367,7 +367,7 @@ class AdaptedModel(nn.Module, Generic[C]):
     def _enable(self, enabled: bool) -> None:
         """Switch the adapters on or off; those that are off are frozen."""
         _model_merges.prepare_to_enable(self.tuner_layers(), enabled)
-        for part in list(self.parts()):
+        for part in list(self._parts()):
             part.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -379,7 +379,7 @@ class AdaptedModel(nn.Module, Generic[C]):
         """
         # Another adapter that becomes active is unmerged first.
         with changing(self), changing(self, None if self.merged_adapters else [adapter_name]):
-            parts = switching.to_change(self)
+            parts = switching.to_change(self, self._parts())
             switching.check_deletable(parts, adapter_name, self.peft_config)
             self.method_of(self.peft_config[adapter_name]).detach_adapter(adapter_name)
             del self.peft_config[adapter_name]

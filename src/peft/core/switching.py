@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import nn
 
 from ..base.errors import PeftTypeError, PeftValueError, warn
 from ..base.validation import check_adapter
@@ -13,7 +15,6 @@ from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
-    from .adapted_model import AdaptedModel
     from .layer import BaseTunerLayer
 
 Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
@@ -23,10 +24,10 @@ Shared = Collection[AdapterParameterDict]
 """The containers of parameters that all layers share."""
 
 
-def to_change(tuner: AdaptedModel[Any]) -> list[Part]:
-    """Return a tuner's parts, whose parameters are those that training uses from now on."""
-    take_back(tuner)
-    return list(tuner.parts())
+def to_change(model: nn.Module, parts: Iterable[Part]) -> list[Part]:
+    """Return parts of a model once their parameters are those that training uses from now on."""
+    take_back(model)
+    return list(parts)
 
 
 def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collection[str]) -> None:
