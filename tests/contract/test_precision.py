@@ -18,6 +18,7 @@ from peft import get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.core.weights import dense_weight
 from peft.helpers import disable_input_dtype_casting
+from peft.integrations.checkpointing import require_input_gradients
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -330,6 +331,32 @@ def test_checkpointing_where_the_embedding_returns_a_tuple(reentrant):
     assert len(embeddings._forward_hooks) == 1
     model.disable_input_require_grads()
     assert not embeddings._forward_hooks
+
+
+def test_hooks_of_older_versions_of_transformers():
+    """They keep one handle, and fail to disable what was never enabled."""
+
+    class Older(nn.Sequential):
+        def enable_input_require_grads(self):
+            hook = lambda module, inputs, output: output.requires_grad_(True)  # noqa: E731
+            self._require_grads_hook = self[0].register_forward_hook(hook)
+
+        def disable_input_require_grads(self):
+            self._require_grads_hook.remove()
+
+    class Embed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x.shape
+
+    base = Older(Embed(8, 8)).requires_grad_(False)
+    for _ in range(2):
+        require_input_gradients(base)
+        assert base(torch.randn(2, 8))[0].requires_grad
+        assert len(base[0]._forward_hooks) == 1
+    base.disable_input_require_grads()
+    assert not base(torch.randn(2, 8))[0].requires_grad
+    require_input_gradients(base)
+    assert len(base[0]._forward_hooks) == 1
 
 
 def test_checkpointing_under_autocast(case):

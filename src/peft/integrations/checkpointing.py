@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def require_input_gradients(model: nn.Module) -> None:
@@ -14,12 +15,25 @@ def require_input_gradients(model: nn.Module) -> None:
     `enable_input_require_grads` puts hooks on the embeddings, once more at each call, which fail if
     an embedding returns a tuple, as that of Swin. Here they are put once, and take tuples.
     """
-    for name in ("disable_input_require_grads", "enable_input_require_grads"):
-        method = getattr(model, name, None)
-        if method is not None:
-            method()
-    for handle in getattr(model, "_require_grads_hooks", ()):
-        handle.hooks_dict_ref()[handle.id] = _require_gradients
+    disable, enable = (
+        getattr(model, f"{verb}_input_require_grads", None) for verb in ("disable", "enable")
+    )
+    if disable is not None and _handles(model):
+        disable()
+    if enable is not None:
+        enable()
+    for handle in _handles(model):
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None:
+            hooks[handle.id] = _require_gradients
+
+
+def _handles(model: nn.Module) -> list[RemovableHandle]:
+    """Return the handles of the hooks on the embeddings; older versions of transformers keep one,
+    and can't disable what was never enabled.
+    """
+    one = getattr(model, "_require_grads_hook", None)
+    return getattr(model, "_require_grads_hooks", [] if one is None else [one])
 
 
 def _require_gradients(module: nn.Module, inputs: object, output: object) -> None:
