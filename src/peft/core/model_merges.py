@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -45,7 +45,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     present = [name for name in options if any(name in layer.scaling for layer in layers)]
     warn_of_merged([name for name in present if name not in left], left)
     _check(named, {id(layer): own for layer, own in todo})
-    _warn_of_arguments(named, [layer for layer, _ in todo])
+    _warn_of_arguments(named, {layer for layer, _ in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, own in track(todo, "Merging"):
@@ -90,9 +90,7 @@ def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
             )
 
 
-def _warn_of_arguments(
-    named: Mapping[str, BaseTunerLayer], layers: Sequence[BaseTunerLayer]
-) -> None:
+def _warn_of_arguments(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTunerLayer]) -> None:
     """Warn of layers to merge into whose `forward` takes more than the input: what it does with
     that acts on a merged delta too, and not on one that is added to its output.
     """
