@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,9 +11,7 @@ from ..base.containers import walk
 from ..base.errors import PeftTypeError, PeftValueError
 from ..base.suggestions import adapters_there
 from ..base.validation import check_adapter
-
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
+from .layer import BaseTunerLayer
 
 
 def adapter_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,10 @@ from ..checkpoint.keys import checkpoint_keys
 from ..config import PeftConfig, TargetedConfig, is_int
 from . import combined_heads
 from .adapter_names import check_name
+from .layer import BaseTunerLayer
 from .parameter_layer import ParameterLayer
 from .skeleton import exact_targets
 from .targets import named
-
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
 
 # Kinds of combinations that prune, and so need a density.
 _PRUNING = ("ties", "dare", "magnitude_prune")

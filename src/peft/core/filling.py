@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -31,11 +30,9 @@ from ..checkpoint.state_dict import import_state, write_state
 from ..config import PeftConfig
 from ..integrations.distributed import state_tensors, unwrapped_name
 from .base_layer import layer_of
+from .injection import Build, Fill
+from .layer import BaseTunerLayer
 from .parameter_targets import layer_for
-
-if TYPE_CHECKING:
-    from .injection import Build, Fill
-    from .layer import BaseTunerLayer
 
 
 def fill_with(build: Build, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,15 +15,13 @@ from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.fused_modules import FusedModule, fused_modules
 from ..checkpoint.protocols import FusedPart
 from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
+from ..config import TargetedConfig
 from .adapted_parameters import parameter_names, parameter_shape
 from .base_layer import geometry, innermost, table
 from .targets import exactly, named, pattern_value, select
 from .unmatched_names import layer_choice
 
-if TYPE_CHECKING:
-    from ..config import TargetedConfig
-
-C = TypeVar("C", bound="TargetedConfig")
+C = TypeVar("C", bound=TargetedConfig)
 T = TypeVar("T")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,9 @@ from .fused_paths import avoid_fused_paths
 from .layer import BaseTunerLayer
 from .parameter_layer import ParameterLayer
 from .parameter_targets import ParameterTarget, layer_for, nested_paths, put_layers
+from .plan import Plan
 from .trainable_tokens import TokenRows, TrainableTokensWrapper
 from .weights import placement
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 C = TypeVar("C", bound=TargetedConfig)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,12 @@ from ..checkpoint.hub import (
 from ..checkpoint.keys import adapter_tensors, in_view, tied_embeddings
 from ..checkpoint.paths import check_path
 from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
-from ..config import PeftConfig
+from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import state_tensors
 from .config_owners import has_owner
 from .filling import CheckpointFill, fitting, without_adapter_names
-from .injection import Construction
+from .injection import Build, Construction
 from .renamed_targets import present_names
-
-if TYPE_CHECKING:
-    from ..config import TargetedConfig
-    from .injection import Build
 
 
 def from_pretrained(
@@ -109,7 +105,7 @@ def from_pretrained(
         if given is not None and not has_owner(given):
             # Nothing fails from here on. Callers expect the object that they passed.
             vars(given).update(vars(build.config))
-            build.config = cast("TargetedConfig", given)
+            build.config = cast(TargetedConfig, given)
 
     peft_model = cls.class_for(config.task_type)(
         model,
@@ -285,7 +281,7 @@ def named_as_now(
         # transformers' renaming of the modules between its versions.
         key_mapping = dict(getattr(model, "_checkpoint_conversion_mapping", None) or {})
     state = with_mapped_keys(state, key_mapping)
-    return present_names(model, cast("TargetedConfig", config), state)
+    return present_names(model, cast(TargetedConfig, config), state)
 
 
 def _own_subfolder(

@@ -8,22 +8,15 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from .adapted_model import AdaptedModel
+from .adapted_model import AdaptedModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=type)
-
-
-class HasMethods(Protocol):
-    """A tuner's class, which has a mixin for the models around it."""
-
-    model_methods: ClassVar[type | None]
 
 
 def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -37,7 +30,7 @@ def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
     return call
 
 
-def methods_of(tuner_cls: type[HasMethods]) -> Callable[[T], T]:
+def methods_of(tuner_cls: type[AdaptedModel[Any]]) -> Callable[[T], T]:
     """Register the decorated class as the methods that a model around a tuner of `tuner_cls` has.
 
     Example:
@@ -64,7 +57,7 @@ class _Combined(type):
 
 
 @cache
-def around(model_cls: type, tuner_cls: type[HasMethods]) -> type:
+def around(model_cls: type, tuner_cls: type[AdaptedModel[Any]]) -> type:
     """Return the subclass of a model's class, of the same name, with a tuner's `model_methods`."""
     methods = tuner_cls.model_methods
     if methods is None or issubclass(model_cls, methods):
@@ -94,4 +87,4 @@ def is_tuner(module: nn.Module | None) -> bool:
 def tuner_of(model: nn.Module) -> AdaptedModel | None:
     """Return the tuner of a `PeftModel`, None for any other model."""
     tuner = model._modules.get("base_model")
-    return cast("AdaptedModel", tuner) if is_tuner(tuner) else None
+    return cast(AdaptedModel, tuner) if is_tuner(tuner) else None

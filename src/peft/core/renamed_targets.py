@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -14,16 +14,14 @@ from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from ..checkpoint.renamed_modules import ModuleNames, plain_modules, renamed_state
+from ..config import TargetedConfig
 from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
 from .base_layer import innermost
 from .fused_targets import config_with_stacks, with_stacks
 from .targets import exactly, named, pattern_value, select
 
-if TYPE_CHECKING:
-    from ..config import TargetedConfig
-
-C = TypeVar("C", bound="TargetedConfig")
+C = TypeVar("C", bound=TargetedConfig)
 
 
 def renamed_config(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,10 +29,8 @@ from ..integrations.distributed import (
     is_distributed,
     needs_all_processes,
 )
+from .adapted_model import AdaptedModel
 from .skeleton import base_class_of, saved_targets
-
-if TYPE_CHECKING:
-    from .adapted_model import AdaptedModel
 
 State = dict[str, Tensor]
 

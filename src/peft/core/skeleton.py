@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from ..base.plain_values import JsonObject, is_empty
 from ..checkpoint.key_groups import group_keys, module_shapes
 from ..checkpoint.keys import TOKEN_ROWS
 from ..checkpoint.protocols import ModuleShape
+from ..config import PeftConfig, TargetedConfig
 from . import targets as _targets
 from .plan import own_modules
-
-if TYPE_CHECKING:
-    from ..config import PeftConfig, TargetedConfig
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROWS = f".token_adapter.{TOKEN_ROWS}"

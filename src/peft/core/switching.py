@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
@@ -13,11 +13,9 @@ from ..base.validation import check_adapter
 from ..integrations.distributed import take_back
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
+from .layer import BaseTunerLayer
 
-if TYPE_CHECKING:
-    from .layer import BaseTunerLayer
-
-Part: TypeAlias = "BaseTunerLayer | AuxiliaryTrainingWrapper"
+Part: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 """A module that has an entry for each of several adapters."""
 
 Shared = Collection[AdapterParameterDict]
@@ -38,10 +36,7 @@ def check_deletable(parts: Sequence[Part], adapter_name: str, adapters: Collecti
             "one."
         )
     check_adapter(adapter_name, adapters, "does not exist")
-    if any(
-        not isinstance(p, AuxiliaryTrainingWrapper) and adapter_name in p.merged_adapters
-        for p in parts
-    ):
+    if any(isinstance(p, BaseTunerLayer) and adapter_name in p.merged_adapters for p in parts):
         raise PeftValueError(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge "
             "them first."
@@ -57,7 +52,7 @@ def check_can_be_active(parts: Sequence[Part], adapter_names: Sequence[str]) -> 
 
 def is_merged(parts: Sequence[Part]) -> bool:
     """Return whether an adapter is merged, or was until adapters were switched off."""
-    layers = [part for part in parts if not isinstance(part, AuxiliaryTrainingWrapper)]
+    layers = [part for part in parts if isinstance(part, BaseTunerLayer)]
     return any(layer.merged or layer._merges.suspended(layer) for layer in layers)
 
 

@@ -9,7 +9,7 @@ A head that shares the embedding's weight shares the rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftValueError
 from ..base.geometry import Placement
+from ..config import TargetedConfig
 from . import targets as _targets
 from . import tying
 from .adapters import AdapterParameterDict
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import make_plain
 from .unmatched_names import with_near_misses
-
-if TYPE_CHECKING:
-    from ..config import TargetedConfig
 
 
 class TokenRows(NamedTuple):

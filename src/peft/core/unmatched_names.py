@@ -6,15 +6,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from ..base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..base.errors import PeftWarning, warn
 from ..base.suggestions import near_misses
+from ..config import TargetedConfig
 from . import targets as _targets
-
-if TYPE_CHECKING:
-    from ..config import TargetedConfig
 
 LayerIndices: TypeAlias = list[int] | int | None
 LayerLists: TypeAlias = list[str] | str | None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,10 @@ from ...base.calls.wrapped_methods import (
 from ...base.containers import walk
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.tracing import shapes
+from ..layer import BaseTunerLayer
 from .pooling import pool
 from .prompt_tokens import ANSWERED, PromptTokens, owners_by_input
 from .task_ids import HasTasks, as_task_ids, has_values
-
-if TYPE_CHECKING:
-    from ..layer import BaseTunerLayer
 
 # Arguments of a call that are for the routing and not for the base model.
 CALL_ARGUMENTS = ("task_ids", "routing_mask")
