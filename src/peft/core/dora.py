@@ -10,17 +10,17 @@ Source: arXiv:2402.09353, section 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.geometry import Geometry, Placement
 from ..ops.low_rank import wide
 from .base_layer import conv_options, pad_input
+from .weights import AdaptedLayer
 
 
 @dataclass(frozen=True)
@@ -49,34 +49,6 @@ class Decomposition:
         return size.as_stored(self.factor(scale).detach().view(shape))
 
 
-class DecomposableLayer(Protocol):
-    """The members of a layer that this file uses."""
-
-    geometry: Geometry
-    base_layer: nn.Module
-
-    @property
-    def has_merges(self) -> bool:
-        """True if anything is merged into the base weight, by any layer around it."""
-
-    @property
-    def scaling(self) -> Mapping[str, float]:
-        """The scale of each adapter."""
-
-    @property
-    def active_adapters(self) -> Sequence[str]:
-        """Names of the active adapters."""
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the layer below all adapters."""
-
-    def unmerged_weight(self) -> Tensor:
-        """Return the base weight without merged adapters."""
-
-    def decomposition(self, adapter_name: str) -> Decomposition | None:
-        """Return an adapter's norms, None if it is not decomposed."""
-
-
 def first_magnitude(norms: Callable[[], Tensor] | None, size: int, placement: Placement) -> Tensor:
     """Return the norms that an adapter starts with, `[size]`; on the meta device without values.
 
@@ -88,18 +60,18 @@ def first_magnitude(norms: Callable[[], Tensor] | None, size: int, placement: Pl
     return norms().to(device, dtype)
 
 
-def by_channel(layer: DecomposableLayer, values: Tensor) -> Tensor:
+def by_channel(layer: AdaptedLayer, values: Tensor) -> Tensor:
     """Return `[out]` or `[in]` in a shape that multiplies outputs or inputs."""
     return values.view(-1, *[1] * len(layer.geometry.kernel_size))
 
 
-def rescaled(layer: DecomposableLayer, total: Tensor, factor: Tensor) -> Tensor:
+def rescaled(layer: AdaptedLayer, total: Tensor, factor: Tensor) -> Tensor:
     """Return `f ⊙ (total - bias) + bias`, `f [out]`: an output of `V` as one of `f ⊙ V`."""
     bias, factor = _bias(layer, total.dtype), by_channel(layer, factor)
     return factor * total if bias is None else torch.addcmul((1 - factor) * bias, factor, total)
 
 
-def output_without_bias(layer: DecomposableLayer, x: Tensor) -> Tensor:
+def output_without_bias(layer: AdaptedLayer, x: Tensor) -> Tensor:
     """Return the base layer's output less its bias, with nothing merged into its weight."""
     if not layer.has_merges:
         output = layer.get_base_layer()(x)
@@ -119,7 +91,7 @@ def change(weight: Tensor, factor: Tensor, delta: Tensor) -> Tensor:
     return wide(factor) * (weight + wide(delta)) - weight
 
 
-def _bias(layer: DecomposableLayer, dtype: torch.dtype) -> Tensor | None:
+def _bias(layer: AdaptedLayer, dtype: torch.dtype) -> Tensor | None:
     """Return the bias, which may be computed or stored in another dtype, in the outputs' dtype."""
     bias: Tensor | None = getattr(layer.get_base_layer(), "bias", None)
     return None if bias is None else by_channel(layer, bias).to(dtype)

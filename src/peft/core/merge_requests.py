@@ -3,23 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from ..base.errors import PeftNotSupportedError, PeftTypeError, warn
 from ..base.validation import check_adapter
-from .dora import Decomposition
-
-
-class _Layer(Protocol):
-    @property
-    def active_adapters(self) -> Sequence[str]: ...
-    @property
-    def scaling(self) -> Mapping[str, float]: ...
-    def decomposition(self, adapter_name: str) -> Decomposition | None: ...
-    def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None: ...
+from .merges import MergeableLayer
 
 
 def checked_names(adapter_names: Iterable[str]) -> list[str]:
@@ -53,7 +41,7 @@ def warn_of_merged(merged: Sequence[str], left: Sequence[str]) -> None:
         warn("All adapters are already merged, nothing to do.")
 
 
-def check_order(layers: Sequence[_Layer], merged: Sequence[str]) -> None:
+def check_order(layers: Sequence[MergeableLayer], merged: Sequence[str]) -> None:
     """Check that a merge leaves the output as it is. Active adapters apply one after the other, the
     merged ones first; those of an inner layer before those of the layers around it.
 

@@ -20,7 +20,7 @@ from ..integrations.quantization import StorageFormat
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe, Written
 from . import dora
-from .weights import base_weight, put_weight, quantized_format, stored_weight
+from .weights import AdaptedLayer, base_weight, put_weight, quantized_format, stored_weight
 
 T = TypeVar("T")
 
@@ -28,10 +28,19 @@ Options: TypeAlias = Mapping[str, Any]
 """Options of an adapter's delta (`task_id`), by name."""
 
 
-class MergeableLayer(dora.DecomposableLayer, Protocol):
-    """The members of a layer that this file uses."""
+class MergeableLayer(AdaptedLayer, Protocol):
+    """The members of a layer that merging uses."""
 
+    base_layer: nn.Module
     merged_adapters: list[str]
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """The scale of each adapter."""
+
+    @property
+    def active_adapters(self) -> Sequence[str]:
+        """Names of the active adapters."""
 
     @property
     def holder(self) -> nn.Module:
@@ -42,6 +51,9 @@ class MergeableLayer(dora.DecomposableLayer, Protocol):
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:
         """Return the delta as a function of small tensors."""
+
+    def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
+        """Return an adapter's norms, None if it is not decomposed."""
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
         """Return the factor on the sum of weight and delta."""

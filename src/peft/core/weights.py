@@ -26,16 +26,23 @@ from .replication import shared_parameters
 from .tied_weights import can_tell, is_tied
 
 
-class _AdaptedLayer(Protocol):
+class AdaptedLayer(Protocol):
+    """The members of a layer with adapters that functions of its base weight use."""
+
     geometry: Geometry
 
     @property
-    def has_merges(self) -> bool: ...
-    def get_base_layer(self) -> nn.Module: ...
-    def unmerged_weight(self) -> Tensor: ...
+    def has_merges(self) -> bool:
+        """True if anything is merged into the base weight, by any layer around it."""
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters."""
+
+    def unmerged_weight(self) -> Tensor:
+        """Return the base weight without merged adapters."""
 
 
-def base_weight(layer: _AdaptedLayer) -> Tensor:
+def base_weight(layer: AdaptedLayer) -> Tensor:
     """Return the base weight as stored, in floating-point numbers, without merges."""
     if layer.has_merges:
         return layer.unmerged_weight()
