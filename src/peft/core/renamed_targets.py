@@ -19,7 +19,7 @@ from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
 from .base_layer import innermost
 from .fused_targets import config_with_stacks, with_stacks
-from .targets import exactly, named, pattern_value, select
+from .targets import exactly, named, pattern_value, select, starts
 
 C = TypeVar("C", bound=TargetedConfig)
 
@@ -128,7 +128,7 @@ def _lost_targets(
         return None
     if isinstance(targets, str):
         return None if any(named(targets, path) for path in paths) else targets
-    return set(targets).difference(path[i:] for path in paths for i in _starts(path))
+    return set(targets).difference(path[i:] for path in paths for i in starts(path))
 
 
 def _companions(config: TargetedConfig) -> list[str]:
@@ -167,11 +167,6 @@ def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
             if named([name], old[:end]) and new.endswith(inner):
                 found.append(new[: len(new) - len(inner)])
     return found
-
-
-def _starts(path: str) -> list[int]:
-    """Return the positions in a path where a suffix of whole names begins."""
-    return [0] + [i + 1 for i, sign in enumerate(path) if sign == "."]
 
 
 def _ends(path: str) -> list[int]:

@@ -31,6 +31,11 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
+def starts(path: str) -> list[int]:
+    """Return the positions at which a path, and its ends after a dot, begin."""
+    return [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
+
+
 def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
     """Return the index of the layer that `path` lies in, None if it lies in none.
 
@@ -40,9 +45,8 @@ def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
     containers = (
         [r"[^.]+"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
     )
-    starts = [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
     for container in containers:
-        for start in starts:
+        for start in starts(path):
             if (match := match_after(container, _INDEX, path, start)) is not None:
                 return int(match[1])
     return None
@@ -108,7 +112,7 @@ def patterns(values: Mapping[str, T | None], default: T | None) -> dict[str, T]:
     differing = {
         path: value for path, value in values.items() if value is not None and value != default
     }
-    ends = {path[i + 1 :] for path in values for i, sign in enumerate(path) if sign == "."}
+    ends = {path[i:] for path in values for i in starts(path)[1:]}
     plain = ends.isdisjoint(differing) and all(re.fullmatch(r"[\w.]+", path) for path in differing)
     return (
         differing if plain else {f"^{re.escape(path)}$": value for path, value in differing.items()}

@@ -52,11 +52,7 @@ def unused(names: str | Collection[str], paths: Collection[str]) -> list[str]:
     """
     if isinstance(names, str):
         return [word for word in _idle_words(names, paths) if near_modules(word, paths, 1, _SLIP)]
-    ends = {
-        path[i:]
-        for path in paths
-        for i in (0, *(i + 1 for i, sign in enumerate(path) if sign == "."))
-    }
+    ends = {path[i:] for path in paths for i in _targets.starts(path)}
     return [
         name
         for name in (names if isinstance(names, (list, tuple)) else sorted(names))
