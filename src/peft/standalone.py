@@ -20,6 +20,7 @@ from .core.loading import check_sizes
 from .core.low_rank_deltas import SavedAdapter
 from .core.renamed_targets import present_names
 from .core.skeleton import adapted_paths, skeleton_of
+from .core.targets import any_layer
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
@@ -132,12 +133,11 @@ def _present(
 
 def _by_path(config: TargetedConfig, state: Mapping[str, Tensor]) -> TargetedConfig:
     """Return a config that targets the modules of an adapter's tensors by their whole paths."""
-    limits = {"layers_to_transform", "layers_pattern"} & type(config).__dataclass_fields__.keys()
     changes: JsonObject = {
         "target_modules": sorted(adapted_paths(state)),
         "exclude_modules": None,
         "inference_mode": True,
-        **dict.fromkeys(limits),
+        **any_layer(config),
     }
     own = replace(config, **changes)
     if config.source is not None:

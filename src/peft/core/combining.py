@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from .adapter_names import check_name
 from .layer import BaseTunerLayer
 from .parameter_layer import ParameterLayer
 from .skeleton import exact_targets
-from .targets import named
+from .targets import any_layer, named
 
 # Kinds of combinations that prune, and so need a density.
 _PRUNING = ("ties", "dare", "magnitude_prune")
@@ -267,12 +267,11 @@ def put(
     paths = layers_of(method, request)
     parameters = [name for config in configs for name in config.target_parameters or ()]
     modules = [path for path, layer in paths.items() if not _is_of(layer, path, parameters)]
-    limits = {"layers_to_transform", "layers_pattern"} & {f.name for f in fields(configs[0])}
     changes: JsonObject = {
         "inference_mode": False,
         **exact_targets(model.model, modules),
         **combined_heads.fields_of(configs),
-        **dict.fromkeys(limits),
+        **any_layer(configs[0]),
     }
     config = replace(combined.config, **changes)
     tensors = {**combined.tensors, **companions}

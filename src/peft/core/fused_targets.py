@@ -18,8 +18,7 @@ from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
 from ..config import TargetedConfig
 from .adapted_parameters import parameter_names, parameter_shape
 from .base_layer import geometry, innermost, table
-from .targets import exactly, named, pattern_value, select
-from .unmatched_names import layer_choice
+from .targets import any_layer, exactly, layer_choice, named, pattern_value, select
 
 C = TypeVar("C", bound=TargetedConfig)
 T = TypeVar("T")
@@ -146,9 +145,7 @@ def _changed(model: nn.Module, config: C, found: _Converted, layers: Iterable[st
     result.target_modules = set(names)
     if excluded is not None:
         result.exclude_modules = excluded
-    for field in ("layers_to_transform", "layers_pattern"):
-        if hasattr(config, field):
-            setattr(result, field, None)
+    vars(result).update(any_layer(config))
     used = [path for own in found.modules.values() for path, _ in own]
     for field in next(iter(found.settings.values()), {}):
         patterns = getattr(config, field) or {}

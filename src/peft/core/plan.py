@@ -302,7 +302,7 @@ def _targeted(
         linear = all_linear(tuner.model, modules)
         chosen = _targets.select(linear, set(linear) or {""}, config.exclude_modules)
         config.target_modules = set(chosen)
-    layers = unmatched_names.layer_choice(config)
+    layers = _targets.layer_choice(config)
     paths = _targets.select(modules, config.target_modules, config.exclude_modules, *layers)
     if not paths and config.target_modules != DUMMY_TARGET_MODULES:
         _raise_unmatched(tuner, config, modules, whole)
@@ -325,7 +325,7 @@ def _raise_unmatched(
         )
     adaptable = _adaptable(tuner, config, modules)
     if whole or _targets.select(
-        modules, config.target_modules or (), None, *unmatched_names.layer_choice(config)
+        modules, config.target_modules or (), None, *_targets.layer_choice(config)
     ):
         named = _targets.select([*modules, *whole], config.target_modules or ())
         raise NoMatchingPeftModuleError(
@@ -404,7 +404,7 @@ def _saved(
     if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         targets = all_linear(tuner.model, modules)
     meant = _targets.select(
-        modules, targets, config.exclude_modules, *unmatched_names.layer_choice(config)
+        modules, targets, config.exclude_modules, *_targets.layer_choice(config)
     )
     more = {"PEFT config": set(meant).difference(paths), "state_dict": set(paths).difference(meant)}
     for place, others in more.items():

@@ -19,7 +19,7 @@ from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
 from .base_layer import innermost
 from .fused_targets import config_with_stacks, with_stacks
-from .targets import exactly, named, pattern_value, select, starts
+from .targets import any_layer, exactly, layer_choice, named, pattern_value, select, starts
 
 C = TypeVar("C", bound=TargetedConfig)
 
@@ -41,9 +41,7 @@ def renamed_config(
     if own and set(_selected(config, rest)) != set(own.values()):
         names, result.exclude_modules = exactly(own.values(), paths)
         result.target_modules = set(names)
-        for field in ("layers_to_transform", "layers_pattern"):
-            if hasattr(config, field):
-                setattr(result, field, None)
+        vars(result).update(any_layer(config))
     for field in config.patterns:
         patterns = getattr(config, field)
         values = {new: pattern_value(patterns, old, None) for old, new in own.items()}
@@ -138,11 +136,10 @@ def _companions(config: TargetedConfig) -> list[str]:
 
 
 def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
-    layers = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     targets = config.target_modules
     if targets is None or is_empty(targets):
         return []
-    return select(paths, targets, config.exclude_modules, *layers)
+    return select(paths, targets, config.exclude_modules, *layer_choice(config))
 
 
 def _saved(

@@ -234,5 +234,5 @@ def _embeddings(
 
 def _targeting(config: TargetedConfig) -> JsonObject:
     """Return the fields of a config that choose modules."""
-    names = (*_BY_NAME, "layers_to_transform", "layers_pattern")
+    names = (*_BY_NAME, *_targets.LAYER_FIELDS)
     return {name: getattr(config, name) for name in names if hasattr(config, name)}

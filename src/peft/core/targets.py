@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Match the targets of a config with module paths such as `model.layers.0.self_attn.q_proj`.
-
-Pure functions of strings.
-"""
+"""Match the targets of a config with module paths such as `model.layers.0.self_attn.q_proj`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from ..base.expressions import fullmatch, match_after
 from ..base.patterns import matches_path
+from ..base.plain_values import JsonObject
+from ..config import PeftConfig
 
 T = TypeVar("T")
+LayerIndices: TypeAlias = list[int] | int | None
+LayerLists: TypeAlias = list[str] | str | None
+
+# Fields of a config that limit its targets to some layers.
+LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 # The index of a layer in a list of layers, at the end of the list's path.
 _INDEX = re.compile(r"\.(\d+)(?:\.|$)")
 
@@ -77,6 +81,16 @@ def select(
         and not named(excluded, path)
         and (path in whole or in_layers(path, layers, layers_pattern))
     ]
+
+
+def layer_choice(config: PeftConfig) -> tuple[LayerIndices, LayerLists]:
+    """Return a config's `layers_to_transform` and `layers_pattern`, None for missing fields."""
+    return getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+
+
+def any_layer(config: PeftConfig) -> JsonObject:
+    """Return the values of a config's fields by which its targets may lie in any layer."""
+    return {name: None for name in LAYER_FIELDS if hasattr(config, name)}
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:

@@ -6,16 +6,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TypeAlias
 
 from ..base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
 from ..base.errors import PeftWarning, warn
 from ..base.suggestions import near_misses
 from ..config import TargetedConfig
 from . import targets as _targets
-
-LayerIndices: TypeAlias = list[int] | int | None
-LayerLists: TypeAlias = list[str] | str | None
 
 # A group of a regular expression that lists plain words, such as `(q_proj|v_proj)`.
 _WORDS = re.compile(r"\((?:\?:)?((?:[\w.]|\\\.)+(?:\|(?:[\w.]|\\\.)+)+)\)")
@@ -85,7 +81,7 @@ def counted_names(paths: Iterable[str]) -> str:
 
 def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
     """Return the message for a config that matches none of `paths`, with `adaptable` ones."""
-    targets, layers, pattern = config.target_modules or (), *layer_choice(config)
+    targets, layers, pattern = config.target_modules or (), *_targets.layer_choice(config)
     shown = repr(targets)
     if not isinstance(targets, str):
         shown = "{" + ", ".join(map(repr, sorted(targets))) + "}"
@@ -104,7 +100,7 @@ def what_there_is(
     config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]
 ) -> str:
     """Return sentences that suggest targets that exist; arguments as for `no_target`."""
-    targets, _, pattern = config.target_modules or (), *layer_choice(config)
+    targets, _, pattern = config.target_modules or (), *_targets.layer_choice(config)
     if in_other_layers := _targets.select(paths, targets, config.exclude_modules):
         return f" The model has some {_layers_of(in_other_layers, pattern)}."
     words, text = sorted(targets), _if_expressions(targets)
@@ -119,11 +115,6 @@ def what_there_is(
     if adaptable:
         text += f" Modules that can be adapted are called {counted_names(adaptable)}."
     return text
-
-
-def layer_choice(config: TargetedConfig) -> tuple[LayerIndices, LayerLists]:
-    """Return a config's `layers_to_transform` and `layers_pattern`, None for missing fields."""
-    return getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
 
 
 def warn_of_unused(
@@ -171,7 +162,7 @@ _HEADS = (*SEQ_CLS_HEAD_NAMES, *QA_HEAD_NAMES)
 
 def _warn_of_layers(config: TargetedConfig, paths: Collection[str]) -> None:
     """Warn of `layers_to_transform` and `layers_pattern` that match no layer with a target."""
-    wanted, pattern = layer_choice(config)
+    wanted, pattern = _targets.layer_choice(config)
     if wanted is None or (not isinstance(wanted, int) and not wanted):
         return
     targeted = _targets.select(paths, config.target_modules or (), config.exclude_modules)
@@ -221,7 +212,7 @@ def _if_expressions(names: Iterable[str]) -> str:
     return " Entries of a list are plain names; pass a regular expression as a string."
 
 
-def _layers_of(paths: Iterable[str], pattern: LayerLists) -> str:
+def _layers_of(paths: Iterable[str], pattern: _targets.LayerLists) -> str:
     """Return a phrase with the indices of the layers that modules are in: "in layers 0 to 3"."""
     present = sorted(
         {index for path in paths if (index := _targets.layer_index(path, pattern)) is not None}

@@ -25,7 +25,6 @@ from ..core.merge_requests import checked_names, warn_of_merged
 from ..core.model_methods import tuner_of
 from ..core.plan import all_linear, own_modules
 from ..core.tuner import BaseTuner
-from ..core.unmatched_names import layer_choice
 from ..integrations.accelerate import loaded_weights
 
 __all__ = [
@@ -95,7 +94,7 @@ def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
         >>> check_target_module_exists(config, "layers.1.q")
         True
     """
-    targets, layers = config.target_modules or (), layer_choice(config)
+    targets, layers = config.target_modules or (), _targets.layer_choice(config)
     return bool(_targets.select([key], targets, config.exclude_modules, *layers))
 
 
