@@ -100,6 +100,11 @@ class CheckpointFill:
     strict: bool = True
     result: LoadResult = field(default_factory=lambda: LoadResult([], []))
 
+    @property
+    def is_partial(self) -> bool:
+        """True if tensors of the adapter may keep their initial values."""
+        return self.ignore_mismatched_sizes or not self.strict
+
     def __call__(self, build: Build) -> None:
         """Write the checkpoint into an adapter; raise `CheckpointError` if it does not fit."""
         config, adapter_name = build.config, build.adapter_name
@@ -107,25 +112,12 @@ class CheckpointFill:
         for name, tensor in build.named_tensors():
             named[(ROOT if name.partition(".")[0] in build.shared else MODEL_ROOT) + name] = tensor
         expected = adapter_tensors(named.items(), config, adapter_name)
-        state = self.state
-        if not self.strict:
-            state = without_adapter_names(state, expected, config, adapter_name)
+        state = self.state_for(expected, config, adapter_name)
         incoming = import_state(state, config, names=expected)
-        # The base model's own tensors: trained biases and saved embeddings.
         if config.trained_biases != "none" or not incoming.keys() <= expected.keys():
-            view = in_view(config)
-            inside = {path: f"{path}.base_layer" for path in build.layers}
-            for target, _ in build.parameters.values():
-                path = target.plain_path
-                inside[path] = inside.get(path, target.path) + ".base_layer"
-            inside |= {path: f"{path}.token_adapter.base_layer" for path in build.tokens}
-            base = [*named_tensors(walk(self.model, view), view)]
-            for name, tensor in chain(base, tied_embeddings(self.model, dict(base).values())):
-                path, _, end = name.rpartition(".")
-                key = f"{inside[path]}.{end}" if path in inside else name
-                named[MODEL_ROOT + key] = tensor
+            named |= self._base_tensors(build)
             expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-        found = fitting(expected, incoming, self.source, self.ignore_mismatched_sizes, self.strict)
+        found = self.compare(expected, incoming)
         names = adapter_tensors(((name, name) for name in named), config, adapter_name, incoming)
         self.result = LoadResult(
             [names.get(key, key) for key in found.missing_keys], found.unexpected_keys
@@ -137,41 +129,61 @@ class CheckpointFill:
         warn_of_values(f"'{self.source}'", values, expected, masked)
         write_state(None, expected, values)
 
+    def _base_tensors(self, build: Build) -> dict[str, Tensor]:
+        """Return the base model's own tensors, which a checkpoint may hold (trained biases, saved
+        embeddings), by the names that they have once the adapter is in the model.
+        """
+        inside = {path: f"{path}.base_layer" for path in build.layers}
+        for target, _ in build.parameters.values():
+            path = target.plain_path
+            inside[path] = inside.get(path, target.path) + ".base_layer"
+        inside |= {path: f"{path}.token_adapter.base_layer" for path in build.tokens}
+        view = in_view(build.config)
+        base = dict(named_tensors(walk(self.model, view), view))
+        result: dict[str, Tensor] = {}
+        for name, tensor in chain(base.items(), tied_embeddings(self.model, base.values())):
+            path, _, end = name.rpartition(".")
+            result[MODEL_ROOT + (f"{inside[path]}.{end}" if path in inside else name)] = tensor
+        return result
 
-def fitting(
-    expected: Mapping[str, Tensor],
-    incoming: Mapping[str, Tensor],
-    source: str,
-    ignore_mismatched_sizes: bool,
-    strict: bool,
-) -> LoadResult:
-    """Return the keys of an adapter that a checkpoint lacks or has in another shape that is to be
-    ignored, and the checkpoint's other keys.
+    def state_for(
+        self, expected: Mapping[str, Tensor], config: PeftConfig, adapter_name: str
+    ) -> Mapping[str, Tensor]:
+        """Return the checkpoint's tensors. Unless `strict`, their keys may be names of a model's
+        parameters, in place of which they get the `expected` ones.
+        """
+        if self.strict:
+            return self.state
+        return _without_adapter_names(self.state, expected, config, adapter_name)
 
-    Raises:
-        CheckpointError: A shape or kind differs, or with `strict` a key, or no key fits.
-    """
-    result = check_state(expected, incoming, ignore_mismatched_sizes)
-    missing = [key for key in result.missing_keys if key not in incoming]
-    fits = bool(expected.keys() & incoming.keys())
-    if strict or not fits:
-        remedy = "Pass `strict=False` to load the rest." if fits else ""
-        if not strict:
-            remedy = (
-                "No key fits, so `strict=False` has nothing to load; `key_mapping` renames modules "
-                "in keys."
-            )
-        check_complete(LoadResult(missing, result.unexpected_keys), source, remedy)
-    elif missing or result.unexpected_keys:
-        left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
-        left += [
-            f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."
-        ] * bool(result.unexpected_keys)
-        warn(f"'{source}' was loaded with `strict=False`. {' '.join(left)}")
-    return result
+    def compare(self, expected: Mapping[str, Tensor], incoming: Mapping[str, Tensor]) -> LoadResult:
+        """Return the keys of an adapter that the checkpoint lacks, or has in another shape that is
+        to be ignored, and the checkpoint's other keys.
+
+        Raises:
+            CheckpointError: A shape or kind differs, or with `strict` a key, or no key fits.
+        """
+        result = check_state(expected, incoming, self.ignore_mismatched_sizes)
+        missing = [key for key in result.missing_keys if key not in incoming]
+        fits = bool(expected.keys() & incoming.keys())
+        if self.strict or not fits:
+            remedy = "Pass `strict=False` to load the rest." if fits else ""
+            if not self.strict:
+                remedy = (
+                    "No key fits, so `strict=False` has nothing to load; `key_mapping` renames "
+                    "modules in keys."
+                )
+            check_complete(LoadResult(missing, result.unexpected_keys), self.source, remedy)
+        elif missing or result.unexpected_keys:
+            left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
+            left += [
+                f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."
+            ] * bool(result.unexpected_keys)
+            warn(f"'{self.source}' was loaded with `strict=False`. {' '.join(left)}")
+        return result
 
 
-def without_adapter_names(
+def _without_adapter_names(
     state: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     config: PeftConfig,

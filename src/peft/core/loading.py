@@ -32,7 +32,7 @@ from ..checkpoint.state_dict import import_state, set_peft_model_state_dict
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.distributed import state_tensors
 from .config_owners import has_owner
-from .filling import CheckpointFill, fitting, without_adapter_names
+from .filling import CheckpointFill
 from .injection import Build, Construction
 from .renamed_targets import present_names
 
@@ -112,7 +112,7 @@ def from_pretrained(
         config,
         adapter_name,
         autocast_adapter_dtype,
-        initialize=ignore_mismatched_sizes or not strict,
+        initialize=write.is_partial,
         fill=fill,
     )
     peft_model.base_model.method_of(config).note_loaded(model, adapter_name)
@@ -165,20 +165,19 @@ def load_adapter(
     hub = only_hub_options(kwargs, "load_adapter")
     if adapter_name in self.peft_config:
         hub = _own_subfolder(model_id, adapter_name, hub)
-    base, source = self.get_base_model(), str(model_id)
+    base = self.get_base_model()
     config, state = read_checkpoint(base, model_id, None, hub, key_mapping, torch_device)
-    options = ignore_mismatched_sizes, strict
+    fill = CheckpointFill(base, state, str(model_id), ignore_mismatched_sizes, strict)
     with changing(self, [adapter_name]):
         # Another thread may have added or deleted it while the file was read.
         known = self.peft_config.get(adapter_name)
         if known is None:
-            fill = CheckpointFill(base, state, source, *options)
             add_checkpoint(self, adapter_name, config, fill, is_trainable, autocast_adapter_dtype)
             return fill.result
         method = self.base_model.method_of(known)
         _check_same_function(adapter_name, method.config_to_save(adapter_name), config)
         start = method.saved_start(config)
-        result = _load_into(self, adapter_name, known, state, source, *options)
+        result = _load_into(self, adapter_name, known, fill)
         method.adopt_start(adapter_name, start)
         for name in known.labels:
             setattr(known, name, getattr(config, name))
@@ -203,8 +202,7 @@ def add_checkpoint(
         is_trainable, autocast_adapter_dtype: As for `load_adapter`.
     """
     config.inference_mode = not is_trainable
-    initialize = fill.ignore_mismatched_sizes or not fill.strict
-    construction = Construction(autocast_adapter_dtype, initialize=initialize)
+    construction = Construction(autocast_adapter_dtype, initialize=fill.is_partial)
     with changing(model, [adapter_name]):
         model.add_filled_adapter(adapter_name, config, fill, construction)
         if is_trainable:
@@ -330,25 +328,20 @@ def _check_same_function(adapter_name: str, known: PeftConfig, saved: PeftConfig
 
 
 def _load_into(
-    model: nn.Module,
-    adapter_name: str,
-    config: PeftConfig,
-    state: Mapping[str, Tensor],
-    source: str,
-    ignore_mismatched_sizes: bool,
-    strict: bool,
+    model: nn.Module, adapter_name: str, config: PeftConfig, checkpoint: CheckpointFill
 ) -> LoadResult:
     """Replace an adapter's values; after a `CheckpointError` they are as before."""
     named = state_tensors(model, in_view(config, adapter_name))
     own = adapter_tensors(named.items(), config, adapter_name)
-    if not strict:
-        state = without_adapter_names(state, own, config, adapter_name)
+    state = checkpoint.state_for(own, config, adapter_name)
     incoming = import_state(state, config, names=own)
     if not incoming.keys() <= own.keys():
         named |= tied_embeddings(model, named.values())
     expected = adapter_tensors(named.items(), config, adapter_name, incoming)
-    found = fitting(expected, incoming, source, ignore_mismatched_sizes, strict)
+    found = checkpoint.compare(expected, incoming)
     left = {*found.missing_keys, *found.unexpected_keys}  # missing: those of another shape
     state = {key: tensor for key, tensor in state.items() if key not in left}
-    result = set_peft_model_state_dict(model, state, adapter_name, ignore_mismatched_sizes)
+    result = set_peft_model_state_dict(
+        model, state, adapter_name, checkpoint.ignore_mismatched_sizes
+    )
     return LoadResult(result.missing_keys, found.unexpected_keys)
