@@ -121,7 +121,7 @@ def names_in_files(model: nn.Module) -> dict[str, str]:
 
 
 def plain_path(path: str) -> str:
-    """Return a module's path without the parts that wrappers and adapters insert."""
+    """Return the path of a module or tensor without the parts that wrappers and adapters insert."""
     return ".".join(part for part in unwrapped_name(path).split(".") if part not in _INSERTED)
 
 

@@ -53,14 +53,12 @@ from .keys import (
 )
 from .protocols import AdapterConfig, tuner_class
 from .rank_padding import Unpadded
-from .renamed_modules import renamed_state
+from .renamed_modules import plain_path, renamed_state
 from .vocabulary import was_resized
 
 # Other writers that save all biases or embeddings repeat those of a fully trained module under
 # these names.
 _COPIES = frozenset([WHOLE_MODULES, "original_module"])
-# Names that adapters insert between a module's path and the names of its tensors.
-_INSERTED = ("base_layer", "original_module", "token_adapter")
 
 
 @holds
@@ -190,14 +188,13 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
         PeftRuntimeError: A loaded state dict had adapters merged and lacks the original weights.
     """
     inside = {WHOLE_MODULES}.union(*map(container_names, model.peft_config.values()))
-    result = {}
     with unmerged(model):
         state = model.get_base_model().state_dict()
-    for name, tensor in state.items():
-        parts = unwrapped_name(name).split(".")
-        if inside.isdisjoint(parts):
-            result[".".join(part for part in parts if part not in _INSERTED)] = tensor
-    return result
+    return {
+        plain_path(name): tensor
+        for name, tensor in state.items()
+        if inside.isdisjoint(unwrapped_name(name).split("."))
+    }
 
 
 @holds
