@@ -56,33 +56,36 @@ def alone_in(folder: Path) -> Iterator[bool]:
     Raises:
         CheckpointWriteError: Another process has it for ten minutes.
     """
-    handle, is_alone = None, False
+    handle = _lock(folder)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder, and return the handle to close; None where there are no locks."""
     try:
         import fcntl
 
         handle = os.open(folder, os.O_RDONLY)
-        for _ in range(int(_PATIENCE / _NAP)):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_alone = True
-                break
-            except BlockingIOError:
-                time.sleep(_NAP)
-        else:
-            os.close(handle)
-            raise CheckpointWriteError(
-                f"Another process has been writing to '{folder}' for ten minutes; nothing was "
-                "changed. End it, or choose another folder."
-            )
-    except CheckpointWriteError:
-        raise
     except (ImportError, OSError):
-        pass
-    try:
-        yield is_alone
-    finally:
-        if handle is not None:
+        return None
+    for _ in range(int(_PATIENCE / _NAP)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(_NAP)
+        except OSError:
             os.close(handle)
+            return None
+    os.close(handle)
+    raise CheckpointWriteError(
+        f"Another process has been writing to '{folder}' for ten minutes; nothing was changed. End "
+        "it, or choose another folder."
+    )
 
 
 @contextmanager
