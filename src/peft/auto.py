@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from .base.constants import WEIGHTS_FILES
 from .base.errors import PeftTypeError, PeftValueError
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
-from .checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_shapes
+from .checkpoint.files import read_shapes
 from .checkpoint.hub import find_file, split_hub_options
 from .checkpoint.paths import check_path
 from .checkpoint.vocabulary import fit_vocabulary
@@ -95,8 +96,7 @@ class AutoPeftModel:
         base = cls._base_class(config, import_allowlist).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **kwargs
         )
-        names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-        shapes = read_shapes(find_file(pretrained_model_name_or_path, names, hub))
+        shapes = read_shapes(find_file(pretrained_model_name_or_path, WEIGHTS_FILES, hub))
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         fit_vocabulary(base, shapes, tuner_cls.checkpoint_format.token_dims)
         model_cls = PeftModel if cls._task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls._task]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .auto import auto_class_name
-from .base.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .base.constants import WEIGHTS_FILES
 from .base.errors import CheckpointError, CheckpointWriteError, PeftValueError
 from .base.plain_values import JsonObject
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
@@ -142,7 +142,7 @@ def save_merged(
         model = load_base_model(
             place, config.task_type, dtype=dtype, subfolder=subfolder, revision=revision
         )
-        files = find_file(adapter, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), {})
+        files = find_file(adapter, WEIGHTS_FILES, {})
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         fit_vocabulary(model, read_shapes(files), tuner_cls.checkpoint_format.token_dims)
         merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(

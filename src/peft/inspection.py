@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from .base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .base.constants import CONFIG_NAME, MODEL_ROOT, WEIGHTS_FILES
 from .base.errors import PeftError
 from .base.plain_values import JsonObject
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup
@@ -26,7 +26,6 @@ from .config import PeftConfig
 from .tuners.lokr.files.keys import split_stem
 from .tuners.lokr.files.reading import writer_of
 
-_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Fields of a config that the report shows apart, or that say nothing of the adapter.
 _APART = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
@@ -218,7 +217,7 @@ def inspect_adapter(source: str | os.PathLike[str], **hub_options: object) -> Ad
     if Path(source).is_file():
         path = Path(source)
     else:
-        path = find_file(source, _WEIGHTS, only_hub_options(hub_options, "inspect_adapter"))
+        path = find_file(source, WEIGHTS_FILES, only_hub_options(hub_options, "inspect_adapter"))
     header, problems = read_header(path), list[str]()
     config = _config_beside(path, problems)
     groups = group_keys(header.tensors)
@@ -246,7 +245,7 @@ def inspect_adapter(source: str | os.PathLike[str], **hub_options: object) -> Ad
 def _config_beside(path: Path, problems: list[str]) -> JsonObject | None:
     """Return the config beside a file of `save_pretrained`, or note why it can't be used."""
     place = path.with_name(CONFIG_NAME)
-    if path.name not in _WEIGHTS or not place.is_file():
+    if path.name not in WEIGHTS_FILES or not place.is_file():
         return None
     try:
         content = read_json(place)

@@ -7,6 +7,8 @@ from __future__ import annotations
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+# Files that an adapter's weights may be in, the preferred one first.
+WEIGHTS_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 # Prefixes of keys in a checkpoint: of the adapted model, and of the base model in it.
 ROOT = "base_model."

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.constants import CONFIG_NAME, WEIGHTS_FILES
 from .files import read_json
 from .hub import find_file, only_hub_options
 from .layout import read_layout
@@ -34,7 +34,7 @@ def adapter_digest(source: str | os.PathLike[str], **hub_options: object) -> str
         CheckpointError: A file can't be read.
     """
     options = only_hub_options(hub_options, "adapter_digest")
-    weights = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
+    weights = find_file(source, WEIGHTS_FILES, options)
     config = _fields(find_file(source, (CONFIG_NAME,), options))
     digest = hashlib.sha256()
     with open(weights, "rb") as file:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.calls.running import changing
-from ..base.constants import ROOT
+from ..base.constants import CONFIG_NAME, ROOT
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftValueError, warn
 from ..base.modules import check_model
@@ -34,7 +34,7 @@ from ..base.registry import (
 from ..base.tensors import ordinary_tensors
 from ..integrations.distributed import check_in_place, is_unmaterialized, unwrap_model
 from .checks import check_adapter_unmerged, warn_of_values
-from .files import CONFIG_NAME, read_json
+from .files import read_json
 from .hub import find_file, load_peft_weights, of_one_save, only_hub_options
 from .keys import TOKEN_ROWS, WHOLE_MODULES, adapter_config, adapter_tensors
 from .placed_adapter import PlacedAdapter

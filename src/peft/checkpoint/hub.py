@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..base.constants import MODEL_ROOT
+from ..base.constants import MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_FILES
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError, warn
-from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_weights
+from .files import read_weights
 from .paths import check_path
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def load_peft_weights(
         raise PeftValueError(
             f"{device!r} is not a device: pass 'cpu', 'cuda', 'cuda:1', …"
         ) from None
-    path = find_file(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), options)
+    path = find_file(model_id, WEIGHTS_FILES, options)
     return with_mapped_keys(read_weights(path, device or "cpu"), key_mapping or {})
 
 

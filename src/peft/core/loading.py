@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..base.calls.running import changing
+from ..base.constants import CONFIG_NAME
 from ..base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.patterns import format_patterns
 from ..base.validation import check_adapter, check_flags
 from ..checkpoint.checks import LoadResult
-from ..checkpoint.files import CONFIG_NAME
 from ..checkpoint.hub import (
     HubOptions,
     load_peft_weights,

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.constants import CONFIG_NAME, WEIGHTS_FILES
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError
 from ..checkpoint.digests import adapter_digest
 from ..checkpoint.files import (
@@ -33,7 +33,6 @@ from .naming import default_name, free_name
 from .pack import AdapterPack
 from .scanning import scan
 
-_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _CARD = "README.md"
 # Adapters are copied into a folder of this name, which is then renamed.
 _UNFINISHED = ".library_copy_"
@@ -47,7 +46,7 @@ def on_hub(repo: str, options: HubOptions) -> AdapterEntry:
         CheckpointError: It is broken, or this package can't load it.
     """
     folder = find_file(repo, (CONFIG_NAME,), options).parent
-    find_file(repo, _WEIGHTS, options)
+    find_file(repo, WEIGHTS_FILES, options)
     parts = folder.parts
     # The cache has a folder for each commit.
     is_cached = "snapshots" in parts[:-1]
@@ -183,7 +182,7 @@ def delete(root: Path, places: Collection[Place]) -> None:
         folder = root / place.path
         with folder_for(folder), alone_in(folder):
             waiting = [path.name for path in folder.glob(".adapter_*")]
-            for name in (*_WEIGHTS, CONFIG_NAME, _CARD, *waiting):
+            for name in (*WEIGHTS_FILES, CONFIG_NAME, _CARD, *waiting):
                 (folder / name).unlink(missing_ok=True)
         if folder != root:
             with suppress(OSError):  # it has other files

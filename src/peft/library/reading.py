@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.constants import CONFIG_NAME, WEIGHTS_FILES
 from ..base.errors import CheckpointError, CheckpointNotFoundError
 from ..checkpoint.hub import HubOptions, find_file
 from ..config import PeftConfig
@@ -21,7 +21,6 @@ from .pack import AdapterPack
 from .scanning import stamp_of
 
 State: TypeAlias = dict[str, Tensor]
-_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 class ChangedError(CheckpointError):
@@ -109,10 +108,10 @@ class Reader:
             options: HubOptions = {"revision": place.revision, "subfolder": place.subfolder}
             options = {key: value for key, value in options.items() if value}
             config = find_file(place.repo, (CONFIG_NAME,), options)
-            name = find_file(place.repo, _WEIGHTS, options).name
+            name = find_file(place.repo, WEIGHTS_FILES, options).name
             return config.parent, name, (place.repo, options)
         folder = self._folder / place.path
-        weights = next((name for name in _WEIGHTS if (folder / name).is_file()), _WEIGHTS[0])
+        weights = next((n for n in WEIGHTS_FILES if (folder / n).is_file()), WEIGHTS_FILES[0])
         return folder, weights, (os.path.abspath(folder), {})
 
     def _pack(self, path: str) -> AdapterPack:

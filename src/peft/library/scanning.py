@@ -7,11 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_FILES
 from ..base.errors import CheckpointError
 from .entry import PACK_SUFFIX, Stamp, Stamps
 
-_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+_FILES = (CONFIG_NAME, *WEIGHTS_FILES)
 
 
 class Files(NamedTuple):
@@ -91,7 +91,7 @@ def _note(
     result: Scan, path: str, files: dict[str, os.DirEntry[str]], real_root: str, follow_links: bool
 ) -> None:
     """Note an adapter or pack that consists of some files, or why it is left out."""
-    weights = next((name for name in _FILES[1:] if name in files), None)
+    weights = next((name for name in WEIGHTS_FILES if name in files), None)
     is_pack = path.endswith(PACK_SUFFIX) and CONFIG_NAME not in files and weights is None
     if is_pack:
         names = list(files)

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from ...base.constants import CONFIG_NAME, MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ...base.constants import CONFIG_NAME, MODEL_ROOT, WEIGHTS_FILES
 from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftError, PeftValueError
 from ...base.plain_values import JsonObject
 from ...base.progress import track
@@ -254,7 +254,7 @@ def saved_experts(config: RoutedConfig) -> Experts | None:
     """Return the experts in the saved folder that a config was read from; None without any."""
     assert config.source is not None
     place, hub = config.source
-    state = read_weights(find_file(place, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), hub))
+    state = read_weights(find_file(place, WEIGHTS_FILES, hub))
     names = [*config.experts, None]
     deltas: dict[str | None, Deltas] = {name: {} for name in names}
     for key in state:
