@@ -90,7 +90,7 @@ def low_rank_deltas(
     """
     with _naming(adapter):
         hub = only_hub_options(hub_options, "low_rank_deltas")
-        config, layers = _Workshop(model).layers_of(adapter, hub)
+        config, layers = DeltaReader(model).layers_of(adapter, hub)
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         options = tuner_cls.conversion_options(config, task_id=task_id)
         return _deltas(layers, _NAME, options, device)
@@ -133,18 +133,57 @@ class DeltaReader:
         device: str | torch.device | None = None,
         deltas_only: bool = False,
     ) -> None:
-        self._workshop, self.device = _Workshop(model, deltas_only), device
+        check_model(model)
+        self.root, self.device, self.deltas_only = root_of(model)[0], device, deltas_only
+        # The last adapter's config as text, and its tuner and layers.
+        self._last: tuple[str, BaseTuner[TargetedConfig], Build[TargetedConfig]] | None = None
 
     def __call__(self, adapter: SavedAdapter, **hub_options: object) -> dict[str, Deltas]:
         """Return all deltas of a saved adapter, by the name of the task."""
         with _naming(adapter):
             hub = only_hub_options(hub_options, "deltas_by_task")
-            config, layers = self._workshop.layers_of(adapter, hub)
+            config, layers = self.layers_of(adapter, hub)
             views = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).delta_views(config)
             return {
                 name: _deltas(layers, _NAME, options, self.device)
                 for name, options in views.items()
             }
+
+    def layers_of(
+        self, adapter: SavedAdapter, hub: HubOptions
+    ) -> tuple[PeftConfig, dict[str, BaseTunerLayer]]:
+        """Return an adapter's config and layers; these hold until the next call."""
+        config, state, source = _read(self.root, adapter, hub)
+        text, last = config.to_json(), self._last
+        if last is None or last[0] != text:
+            self._last = last = (text, *self._built(config))
+        _, tuner, build = last
+        with ordinary_tensors():
+            try:
+                CheckpointFill(self.root, state, source)(build)
+            except CheckpointError as error:
+                raise CheckpointError(f"It does not fit this base model. {error}") from None
+            tuner.put_shared(build)
+        layers = dict(build.all_layers())
+        _check_products(layers, _NAME)
+        return build.config, layers
+
+    def _built(
+        self, config: TargetedConfig
+    ) -> tuple[BaseTuner[TargetedConfig], Build[TargetedConfig]]:
+        """Return the tuner and the layers of an adapter, without values."""
+        tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(self.root, None)
+        tuner.delta_views(config)  # raises if the delta depends on the input
+        if getattr(config, "use_dora", False):  # before the plan, which depends on the model
+            raise _decomposed("It")
+        with ordinary_tensors():
+            config = config.for_adapter()
+            config.inference_mode = True
+            plan = _plan.make(tuner, _NAME, config, is_new=False)
+            if not self.deltas_only:
+                whole = [f"`{path}`" for path in plan.trainable_copies]
+                _check_only_deltas(whole, plan.tokens.indices, config.trained_biases)
+            return tuner, build_adapter(tuner, plan, Construction(initialize=False))
 
 
 @holds
@@ -202,52 +241,6 @@ def _deltas(
         A, B = (tensor.detach().to(device, copy=True) for tensor in (found.A, found.B))
         deltas[path] = found._replace(A=A, B=B)
     return deltas
-
-
-class _Workshop:
-    """The layers of one adapter after the other, made and filled beside a model."""
-
-    def __init__(self, model: nn.Module, deltas_only: bool = False) -> None:
-        check_model(model)
-        self.root, self.deltas_only = root_of(model)[0], deltas_only
-        # The last adapter's config as text, and its tuner and layers.
-        self._last: tuple[str, BaseTuner[TargetedConfig], Build[TargetedConfig]] | None = None
-
-    def layers_of(
-        self, adapter: SavedAdapter, hub: HubOptions
-    ) -> tuple[PeftConfig, dict[str, BaseTunerLayer]]:
-        """Return an adapter's config and layers; these hold until the next call."""
-        config, state, source = _read(self.root, adapter, hub)
-        text, last = config.to_json(), self._last
-        if last is None or last[0] != text:
-            self._last = last = (text, *self._built(config))
-        _, tuner, build = last
-        with ordinary_tensors():
-            try:
-                CheckpointFill(self.root, state, source)(build)
-            except CheckpointError as error:
-                raise CheckpointError(f"It does not fit this base model. {error}") from None
-            tuner.put_shared(build)
-        layers = dict(build.all_layers())
-        _check_products(layers, _NAME)
-        return build.config, layers
-
-    def _built(
-        self, config: TargetedConfig
-    ) -> tuple[BaseTuner[TargetedConfig], Build[TargetedConfig]]:
-        """Return the tuner and the layers of an adapter, without values."""
-        tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(self.root, None)
-        tuner.delta_views(config)  # raises if the delta depends on the input
-        if getattr(config, "use_dora", False):  # before the plan, which depends on the model
-            raise _decomposed("It")
-        with ordinary_tensors():
-            config = config.for_adapter()
-            config.inference_mode = True
-            plan = _plan.make(tuner, _NAME, config, is_new=False)
-            if not self.deltas_only:
-                whole = [f"`{path}`" for path in plan.trainable_copies]
-                _check_only_deltas(whole, plan.tokens.indices, config.trained_biases)
-            return tuner, build_adapter(tuner, plan, Construction(initialize=False))
 
 
 def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
