@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -54,9 +54,21 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
             done.append((layer, list(own)))
     except BaseException:
         for layer, merged in reversed(done):
-            with loaded_weights(layer, layer.merged_adapters):
-                layer.take_off(merged)
+            _take_off(layer, merged)
         raise
+
+
+def _take_off(layer: BaseTunerLayer, adapter_names: Collection[str] | None = None) -> list[Merge]:
+    """Unmerge a layer's adapters, by default all, wherever its weights are; return their merges."""
+    with loaded_weights(layer, layer.merged_adapters):
+        return layer.take_off(adapter_names)
+
+
+def _put_on(taken: Sequence[tuple[BaseTunerLayer, Sequence[Merge]]]) -> None:
+    """Merge again what was taken off layers in this order, so the last first."""
+    for layer, merges in reversed(taken):
+        with loaded_weights(layer, [merge.name for merge in merges]):
+            layer.put_on(merges)
 
 
 def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOptions]) -> None:
@@ -151,28 +163,18 @@ def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
         and all(merge.is_known for merge in layer._merges.entries)
         and len(owners.get(id(layer.holder._parameters.get("weight")), ())) > 1
     ]
-    taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
-
-    def put_on_again() -> None:
-        for layer, merges in reversed(taken):
-            with loaded_weights(layer, [merge.name for merge in merges]):
-                layer.put_on(merges)
-
-    for layer in shared:  # merged in reverse, see `merge`
-        with loaded_weights(layer, layer.merged_adapters):
-            taken.append((layer, layer.take_off()))
+    taken = [(layer, _take_off(layer)) for layer in shared]  # merged in reverse, see `merge`
     try:
         with untied(model, [layer.holder for layer in layers]):
-            put_on_again()
+            _put_on(taken)
             try:
                 yield
             except BaseException:
                 for layer, merges in taken:
-                    with loaded_weights(layer, layer.merged_adapters):
-                        layer.take_off([merge.name for merge in merges])
+                    _take_off(layer, [merge.name for merge in merges])
                 raise
     except BaseException:
-        put_on_again()
+        _put_on(taken)
         raise
 
 
@@ -200,12 +202,9 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     try:
         for layer in track(merged, "Unmerging"):  # merged in reverse, see `merge`
-            with loaded_weights(layer, layer.merged_adapters):
-                taken.append((layer, layer.take_off()))
+            taken.append((layer, _take_off(layer)))
     except BaseException:
-        for layer, merges in reversed(taken):
-            with loaded_weights(layer, [merge.name for merge in merges]):
-                layer.put_on(merges)
+        _put_on(taken)
         raise
     for layer in merged:
         layer._merges.drop_suspended(layer, *layer._merges.suspended(layer))
@@ -238,14 +237,11 @@ def without_other_merges(
         names = [name for name, own in options.items() if own and name in layer.merged_adapters]
         others = [name for name in names if layer._merges.options(layer)[name] != options[name]]
         if others:
-            with loaded_weights(layer, layer.merged_adapters):
-                taken.append((layer, layer.take_off(others)))
+            taken.append((layer, _take_off(layer, others)))
     try:
         yield
     except BaseException:
-        for layer, merges in taken:
-            with loaded_weights(layer, layer.merged_adapters):
-                layer.put_on(merges)
+        _put_on(taken)
         raise
 
 
