@@ -20,6 +20,7 @@ from ..base.plain_values import plain
 from ..base.progress import remark, track
 from ..base.validation import at_least, choice
 from ..base.validation import number as finite_number
+from .measuring import in_mode
 
 # A function that returns the loss, or batches for a model whose output has a `loss`.
 Loss: TypeAlias = Callable[[], Tensor] | Iterable[Mapping[str, object]]
@@ -150,17 +151,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     are as before.
     """
     parameters = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for p, _ in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, required in parameters:
-            p.requires_grad_(required)
-        for module, training in modes:
-            module.training = training
+    with in_mode(model, training=False):
+        for p, _ in parameters:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, required in parameters:
+                p.requires_grad_(required)
 
 
 def descend(
