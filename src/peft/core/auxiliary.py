@@ -49,10 +49,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Names of the adapters that have parameters in this module."""
         raise NotImplementedError
 
-    @property
-    def _adapters(self) -> set[str]:
-        return set(self.adapters)
-
     def has(self, adapter_name: str) -> bool:
         """Return whether an adapter has parameters in this module."""
         raise NotImplementedError

@@ -45,13 +45,13 @@ def run(
     if not is_mixed and not any(inner.acting() for layers in held.values() for inner in layers):
         return module(*args, **kwargs)
     call = None if names is None else _expert_call(module, names, args, kwargs)
-    if call is not None and _is_worth_it(module, held, is_mixed):
+    if call is not None and _is_worth_it(held, is_mixed):
         return _run_experts(module, *call, batch if is_mixed else None)
     with shared_sums():
         return module(*args, **kwargs)
 
 
-def _is_worth_it(module: nn.Module, held: dict[str, list[AdaptingLayer]], is_mixed: bool) -> bool:
+def _is_worth_it(held: dict[str, list[AdaptingLayer]], is_mixed: bool) -> bool:
     """Return whether the products of rows replace the module's own function."""
     stacks = [layer for layers in held.values() for layer in layers]
     if not all(layer.is_stacked for layer in stacks):
