@@ -72,7 +72,7 @@ def scan(root: str, follow_links: bool = False) -> Scan:
             elif entry.name.startswith("."):
                 continue
             elif _is_dir(entry):
-                reason = _link_reason(entry, real_root, follow_links, seen)
+                reason = _link_reason(entry, follow_links, seen)
                 if reason:
                     result.left_out[name] = reason
                 else:
@@ -104,7 +104,7 @@ def _note(
     stamps = []
     for name in names:
         entry = files[name]
-        if entry.is_symlink() and not follow_links and _leaves(entry.path, real_root):
+        if entry.is_symlink() and not (follow_links or _is_below(entry.path, real_root)):
             target = os.readlink(entry.path)
             result.left_out[path] = (
                 f"'{name}' is a link to '{target}', out of the library's folder; "
@@ -138,31 +138,24 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _leaves(path: str, real_root: str) -> bool:
-    """Return whether a link leads out of a folder."""
-    real = os.path.realpath(path)
-    return real != real_root and not real.startswith(os.path.join(real_root, ""))
+def _is_below(path: str, real_folder: str) -> bool:
+    """Return whether what a path leads to is a folder, or lies below it."""
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(real_folder, ""))
 
 
-def _link_reason(
-    entry: os.DirEntry[str], real_root: str, follow_links: bool, seen: set[str]
-) -> str | None:
+def _link_reason(entry: os.DirEntry[str], follow_links: bool, seen: set[str]) -> str | None:
     """Return why a folder is not entered, None if it is; `seen` are the folders so far."""
     is_link = entry.is_symlink()
     if not is_link and not follow_links:
         return None
     real = os.path.realpath(entry.path)
-    reason = None
     if is_link and not os.path.isdir(real):
-        reason = "A link in a ring of links."
-    elif is_link and os.path.join(os.path.realpath(os.path.dirname(entry.path)), "").startswith(
-        os.path.join(real, "")
-    ):
-        reason = f"A link to '{real}', a folder that it is in."
-    elif real in seen:
-        reason = f"'{real}' has been indexed under another path."
-    elif is_link and not follow_links:
-        reason = f"A link to '{real}'; `follow_links=True` reads what is there."
-    if reason is None:
-        seen.add(real)
-    return reason
+        return "A link in a ring of links."
+    if is_link and _is_below(os.path.dirname(entry.path), real):
+        return f"A link to '{real}', a folder that it is in."
+    if real in seen:
+        return f"'{real}' has been indexed under another path."
+    if is_link and not follow_links:
+        return f"A link to '{real}'; `follow_links=True` reads what is there."
+    seen.add(real)
+    return None
