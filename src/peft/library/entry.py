@@ -34,6 +34,12 @@ class Place(NamedTuple):
     revision: str = ""
     subfolder: str = ""
 
+    @property
+    def hub_options(self) -> dict[str, str]:
+        """The commit and the folder in the repository, as options for the Hub."""
+        options = {"revision": self.revision, "subfolder": self.subfolder}
+        return {name: value for name, value in options.items() if value}
+
     def __str__(self) -> str:
         if self.repo:
             below = f"/{self.subfolder}" if self.subfolder else ""

@@ -98,15 +98,13 @@ class Reader:
             return adapter.config, adapter.tensors
         self.fresh(entry)  # what is in memory may be older than the files
         if place.repo:
-            options = {"revision": place.revision, "subfolder": place.subfolder}
-            return {"source": place.repo, **{k: v for k, v in options.items() if v}}
+            return {"source": place.repo, **place.hub_options}
         return os.path.abspath(self._folder / place.path)
 
     def _files(self, place: Place) -> tuple[Path, str, tuple[str, HubOptions]]:
         """Return the folder of an adapter, the name of its weights, and its source."""
         if place.repo:
-            options: HubOptions = {"revision": place.revision, "subfolder": place.subfolder}
-            options = {key: value for key, value in options.items() if value}
+            options = place.hub_options
             config = find_file(place.repo, (CONFIG_NAME,), options)
             name = find_file(place.repo, WEIGHTS_FILES, options).name
             return config.parent, name, (place.repo, options)
