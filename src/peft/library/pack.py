@@ -21,7 +21,6 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -235,14 +234,13 @@ class AdapterPack:
         weights = target / SAFETENSORS_WEIGHTS_NAME
         if weights.exists():
             raise PeftValueError(f"'{target}' has an adapter already; choose another folder.")
+        config, data = content.config_text.encode(), content.layout.prefix + content.data
         with folder_for(target), alone_in(target):
-            files = {
-                target / CONFIG_NAME: content.config_text.encode(),
-                weights: content.layout.prefix + content.data,  # last: it makes the adapter whole
-            }
-            for file, text in files.items():
-                replace_file(file, partial(_write_bytes, text=text))
-                sync_folder(target)
+            replace_file(target / CONFIG_NAME, lambda temporary: temporary.write_bytes(config))
+            sync_folder(target)
+            # Last, since it makes the adapter whole.
+            replace_file(weights, lambda temporary: temporary.write_bytes(data))
+            sync_folder(target)
 
     def update(
         self, add: Mapping[str, str | os.PathLike[str]] | None = None, remove: Iterable[str] = ()
@@ -320,10 +318,6 @@ class AdapterPack:
         if count != size:
             raise CheckpointError(f"'{self.path}' was cut while it was open; write it again.")
         return result
-
-
-def _write_bytes(path: Path, text: bytes) -> None:
-    path.write_bytes(text)
 
 
 def _members(
