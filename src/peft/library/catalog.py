@@ -36,7 +36,7 @@ class Catalog:
 
     def left_out(self) -> list[LeftOut]:
         """Return what is left out, by path."""
-        return [LeftOut(path, why) for path, (why, _) in sorted(self.index.left_out.items())]
+        return [LeftOut(path, left.reason) for path, left in sorted(self.index.left_out.items())]
 
     def find(self, name: object) -> AdapterEntry:
         """Return the entry of a name, of a path, or of an entry's name.
@@ -52,7 +52,7 @@ class Catalog:
         found = self.names.get(name) or self.index.entries.get(Place(name))
         if found is None:
             left = self.index.left_out.get(name)
-            why = f" It is left out: {left[0]}" if left else did_you_mean(name, self.names)
+            why = f" It is left out: {left.reason}" if left else did_you_mean(name, self.names)
             raise PeftValueError(
                 f"The library '{self._folder}' has no adapter {name!r} among "
                 f"{len(self.names)}.{why}"

@@ -57,7 +57,8 @@ def _others(root: Path, index: Index, follow_links: bool) -> Iterator[Problem]:
         )
         yield Problem(entry.name, "missing", detail)
     found = scan(os.fspath(root), follow_links)
-    for path, reason in (found.left_out | {p: r for p, (r, _) in index.left_out.items()}).items():
+    known = {path: left.reason for path, left in index.left_out.items()}
+    for path, reason in (found.left_out | known).items():
         if Place(path) not in index.removed:
             yield Problem(path, "left out", reason)
     members = {place.path for place in index.entries if place.member}

@@ -39,20 +39,27 @@ class LeftOut(NamedTuple):
     reason: str
 
 
+class Exclusion(NamedTuple):
+    """The reason why there is no adapter at a path, and the stamps of the files that it is of."""
+
+    reason: str
+    stamps: Stamps
+
+
 @dataclass
 class Index:
     """The content of an index.
 
     Args:
         entries: The adapters by place.
-        left_out: Paths with the reason why they are no adapters, and the stamps of their files.
+        left_out: What looks like an adapter and is none, by path.
         removed: Places that the owner removed; they stay away until they are added again.
         lost: Adapters with tags, scores or a name of the owner's whose files are gone or broken. If
             the files come back, here or under another path, so does what the owner wrote.
     """
 
     entries: dict[Place, AdapterEntry] = field(default_factory=dict)
-    left_out: dict[str, tuple[str, Stamps]] = field(default_factory=dict)
+    left_out: dict[str, Exclusion] = field(default_factory=dict)
     removed: set[Place] = field(default_factory=set)
     lost: dict[Place, AdapterEntry] = field(default_factory=dict)
 
@@ -201,7 +208,8 @@ def _add_line(index: Index, line: JsonObject, names: set[str]) -> None:
     """Add a line to an index, or raise ValueError."""
     if "left_out" in line:
         check_inside(str(line["path"]))
-        index.left_out[str(line["path"])] = str(line["left_out"]), stamps_of(line)
+        exclusion = Exclusion(str(line["left_out"]), stamps_of(line))
+        index.left_out[str(line["path"])] = exclusion
     elif line.get("removed"):
         index.removed.add(Place(*(str(line.get(key, "")) for key in Place._fields)))
     else:

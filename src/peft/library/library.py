@@ -218,7 +218,7 @@ class AdapterLibrary:
             self._cache.drop(place)
         if changes.left_out:
             shown = "; ".join(
-                f"'{path}': {index.left_out[path][0]}" for path in changes.left_out[:3]
+                f"'{path}': {index.left_out[path].reason}" for path in changes.left_out[:3]
             )
             more = f"; and {len(changes.left_out) - 3} more" if changes.left_out[3:] else ""
             warn(f"Left out of the library '{self.folder}', see `left_out`: {shown}{more}")
@@ -272,7 +272,8 @@ class AdapterLibrary:
             self._change(adding.without_memory(place))
             self.refresh()
         if place not in self._catalog.index.entries:
-            why = self._catalog.index.left_out.get(place.path, ("It has no adapter.", ()))[0]
+            left = self._catalog.index.left_out.get(place.path)
+            why = "It has no adapter." if left is None else left.reason
             raise CheckpointError(f"'{source}' can't be added to the library. {why}")
         own = self._catalog.index.entries[place]
         if name is not None and name != own.name:

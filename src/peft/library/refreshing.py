@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..base.progress import track
 from .configs import config_digest, config_from, facts_of
 from .entry import AdapterEntry, Place, Stamps
-from .index import Index
+from .index import Exclusion, Index
 from .inspecting import UnfitError, check_keys, inspect_folder, is_lasting, reason_of
 from .naming import default_name, free_name
 from .pack import AdapterPack
@@ -66,13 +66,13 @@ class Findings:
         before: The index that it was compared with.
         entries: Adapters that are new or changed, without names.
         unchanged: Places of adapters with the same files.
-        left_out: What is left out, with the reason and the stamps.
+        left_out: What is left out, by path.
     """
 
     before: Index
     entries: dict[Place, AdapterEntry] = field(default_factory=dict)
     unchanged: set[Place] = field(default_factory=set)
-    left_out: dict[str, tuple[str, Stamps]] = field(default_factory=dict)
+    left_out: dict[str, Exclusion] = field(default_factory=dict)
 
     def apply(self, root: Path, index: Index) -> None:
         """Bring an index up to date, which others may have changed in the meantime."""
@@ -132,7 +132,8 @@ def _moved(entry: AdapterEntry, lost: dict[Place, AdapterEntry]) -> AdapterEntry
 def look(root: Path, index: Index, follow_links: bool) -> Findings:
     """Compare the files below a folder with an index. Files with the same stamps are not read."""
     found = scan(os.fspath(root), follow_links)
-    result = Findings(index, left_out={path: (why, ()) for path, why in found.left_out.items()})
+    left_out = {path: Exclusion(reason, ()) for path, reason in found.left_out.items()}
+    result = Findings(index, left_out=left_out)
     for place in index.removed:
         result.left_out.pop(place.path, None)
     waiting = list(_changed(found, result))
@@ -175,10 +176,10 @@ def _is_as_it_was(entry: AdapterEntry, files: Files) -> bool:
 
 def _is_left_out(path: str, files: Files, result: Findings) -> bool:
     """Note a path that was left out before and has the same files; return whether it is one."""
-    reason, stamps = result.before.left_out.get(path, ("", ()))
-    if stamps != files.stamps:
+    known = result.before.left_out.get(path)
+    if known is None or known.stamps != files.stamps:
         return False
-    result.left_out[path] = reason, stamps
+    result.left_out[path] = known
     return True
 
 
@@ -188,7 +189,7 @@ def _look_into_folder(root: Path, path: str, files: Files, result: Findings) -> 
     try:
         result.entries[place] = inspect_folder(root / path, files, result.before.entries.get(place))
     except UnfitError as error:
-        result.left_out[path] = str(error), files.stamps if error.is_lasting else ()
+        result.left_out[path] = Exclusion(str(error), files.stamps if error.is_lasting else ())
 
 
 def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> None:
@@ -218,7 +219,8 @@ def _look_into_pack(root: Path, path: str, files: Files, result: Findings) -> No
                         stamps=files.stamps,
                     )
     except Exception as error:  # a foreign file may hold anything
-        result.left_out[path] = reason_of(error), files.stamps if is_lasting(error) else ()
+        stamps = files.stamps if is_lasting(error) else ()
+        result.left_out[path] = Exclusion(reason_of(error), stamps)
 
 
 def _exists(root: Path, place: Place) -> bool:
