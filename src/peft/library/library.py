@@ -271,18 +271,17 @@ class AdapterLibrary:
             adding.copy_in(self.folder, folder, place.path)
             self._change(adding.without_memory(place))
             self.refresh()
-        if place not in self._catalog.index.entries:
-            left = self._catalog.index.left_out.get(place.path)
+        index = self._catalog.index
+        if place not in index.entries:
+            left = index.left_out.get(place.path)
             why = "It has no adapter." if left is None else left.reason
             raise CheckpointError(f"'{source}' can't be added to the library. {why}")
-        own = self._catalog.index.entries[place]
-        if name is not None and name != own.name:
-            self.rename(own.name, name)
-        if words or numbers:
+        if name is not None or words or numbers:
             self._edit(
-                [self._catalog.index.entries[place].name],
+                index.entries[place].name,
                 lambda entry: replace(
                     entry,
+                    name=name or entry.name,
                     tags=checked_tags([*entry.tags, *words]),
                     scores={**entry.scores, **numbers},
                 ),
