@@ -102,7 +102,7 @@ def folder_for(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         if isinstance(error, OSError) and not isinstance(error, PeftError):
-            raise _write_error(f"'{folder}' can't be written to: {error}.", error) from error
+            raise write_error(f"'{folder}' can't be written to: {error}.", error) from error
         raise
 
 
@@ -328,12 +328,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except PeftError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _write_error(
-            f"'{path}' can't be written, and is as it was: {error}", error
-        ) from error
+        raise write_error(f"'{path}' can't be written, and is as it was: {error}", error) from error
 
 
-def _write_error(text: str, error: BaseException) -> CheckpointWriteError:
+def write_error(text: str, error: BaseException) -> CheckpointWriteError:
+    """Return the error for something that can't be written, with the number of its cause."""
     failure = CheckpointWriteError(text)
     failure.errno = getattr(error, "errno", None)
     return failure

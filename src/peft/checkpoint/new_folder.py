@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-from ..base.errors import CheckpointWriteError, PeftError, PeftValueError
-from .files import set_mode
+from ..base.errors import PeftError, PeftValueError
+from .files import set_mode, write_error
 from .paths import as_folder
 
 
@@ -46,7 +46,7 @@ def new_folder(path: str | os.PathLike[str], sign: str, replace: bool) -> Iterat
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     except OSError as error:
-        raise _failure(folder, error) from error
+        raise write_error(f"'{folder}' can't be written: {error}", error) from error
     try:
         yield temporary
         set_mode(temporary, 0o777 & ~_umask())  # mkdtemp makes it readable by its owner alone
@@ -54,7 +54,7 @@ def new_folder(path: str | os.PathLike[str], sign: str, replace: bool) -> Iterat
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, PeftError):
-            raise _failure(folder, error) from error
+            raise write_error(f"'{folder}' can't be written: {error}", error) from error
         raise
 
 
@@ -72,12 +72,6 @@ def _rename(temporary: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _failure(folder: Path, error: OSError) -> CheckpointWriteError:
-    failure = CheckpointWriteError(f"'{folder}' can't be written: {error}")
-    failure.errno = error.errno
-    return failure
 
 
 def _umask() -> int:
