@@ -17,11 +17,11 @@ from .base.plain_values import JsonObject
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup
 from .base.tables import alike, in_bytes, table
 from .checkpoint.files import read_json
+from .checkpoint.format import ModuleShape
 from .checkpoint.headers import FileHeader, TensorInfo, read_header
 from .checkpoint.hub import find_file, only_hub_options
 from .checkpoint.key_groups import KeyGroups, group_keys, module_shapes
 from .checkpoint.paths import check_path
-from .checkpoint.protocols import ModuleShape
 from .config import PeftConfig
 from .tuners.lokr.files.keys import split_stem
 from .tuners.lokr.files.reading import writer_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..base.constants import ROOT
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-from .protocols import ModuleShape
+from .format import ModuleShape
 
 # Tensors of one value, and norms, that programs write beside a module's factors.
 _BESIDE = ("alpha", "dora_scale", "scalar")

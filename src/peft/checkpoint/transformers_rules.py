@@ -13,8 +13,9 @@ from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import StateDict
 from ..base.errors import PeftRuntimeError
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .format import FusedPart
 from .fused_modules import stacks_rows
-from .protocols import AdapterConfig, FusedPart, tuner_class
+from .protocols import AdapterConfig, tuner_class
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightTransform

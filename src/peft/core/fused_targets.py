@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..checkpoint.format import FusedPart
 from ..checkpoint.fused_modules import FusedModule, fused_modules
-from ..checkpoint.protocols import FusedPart
 from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
 from ..config import TargetedConfig
 from .adapted_parameters import parameter_names, parameter_shape

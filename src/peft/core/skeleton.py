@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..base.constants import MODEL_ROOT
 from ..base.errors import CheckpointError, PeftNotSupportedError
 from ..base.plain_values import JsonObject, is_empty
+from ..checkpoint.format import ModuleShape
 from ..checkpoint.key_groups import group_keys, module_shapes
 from ..checkpoint.keys import TOKEN_ROWS
-from ..checkpoint.protocols import ModuleShape
 from ..config import PeftConfig, TargetedConfig
 from . import targets as _targets
 from .plan import own_modules

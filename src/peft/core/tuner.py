@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..base.constants import DEFAULT_TARGET_MODULES
 from ..base.errors import PeftNotSupportedError, PeftTypeError
 from ..base.geometry import Placement
-from ..checkpoint.protocols import CheckpointFormat
+from ..checkpoint.format import CheckpointFormat
 from ..config import PeftConfig, TargetedConfig
 from ..integrations.accelerate import end_offloading
 from .adapted_model import AdaptedModel

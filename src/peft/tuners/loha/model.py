@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
+from ...checkpoint.format import CheckpointFormat, ModuleShape, Shapes
 from ...core.method_info import Role
 from ...core.targets import pattern_value
 from ..lycoris_utils import LycorisTuner

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...base.calls.running import changing
 from ...base.errors import PeftValueError
-from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
+from ...checkpoint.format import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.method_info import Role

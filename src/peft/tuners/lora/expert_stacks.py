@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...base.errors import CheckpointError
-from ...checkpoint.protocols import FusedPart
+from ...checkpoint.format import FusedPart
 from ...core.targets import pattern_value
 from .config import LoraConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...base.errors import PeftNotSupportedError, PeftWarning, warn
 from ...base.placeholders import placeholders
-from ...checkpoint.protocols import CheckpointFormat, FusedPart, ModuleShape, Shapes
+from ...checkpoint.format import CheckpointFormat, FusedPart, ModuleShape, Shapes
 from ...config import PeftConfig
 from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
 from ...core.combining import Combination, Combined, outer_path

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...base.calls.running import changing
 from ...base.errors import PeftNotSupportedError, PeftTypeError
-from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
+from ...checkpoint.format import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
 from ...core.fitting import Loss

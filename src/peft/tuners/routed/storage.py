@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...base.constants import MODEL_ROOT
-from ...checkpoint.protocols import CheckpointFormat
+from ...checkpoint.format import CheckpointFormat
 from .config import RoutedConfig
 from .sources import SAVED
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import CheckpointError
-from ...checkpoint.protocols import CheckpointFormat, ModuleShape, Shapes
+from ...checkpoint.format import CheckpointFormat, ModuleShape, Shapes
 from .bank import Selection, compress, expand, select_topk, selected_logits
 from .config import VBLoRAConfig
 
