@@ -44,7 +44,7 @@ def geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
-def table(module: nn.Module) -> Geometry | None:
+def embedding_geometry(module: nn.Module) -> Geometry | None:
     """Return the size of an `nn.Embedding`, None for any other module.
 
     An embedding is a linear map of one-hot vectors with its weight stored `[in, out]`. It is apart

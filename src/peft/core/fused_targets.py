@@ -17,7 +17,7 @@ from ..checkpoint.fused_modules import FusedModule, fused_modules
 from ..checkpoint.renamed_modules import ModuleNames, plain_modules, split_key
 from ..config import TargetedConfig
 from .adapted_parameters import parameter_names, parameter_shape
-from .base_layer import geometry, innermost, table
+from .base_layer import embedding_geometry, geometry, innermost
 from .targets import any_layer, exactly, layer_choice, named, pattern_value, select
 
 C = TypeVar("C", bound=TargetedConfig)
@@ -160,7 +160,7 @@ def _changed(model: nn.Module, config: C, found: _Converted, layers: Iterable[st
 def _is_matrix(module: nn.Module) -> bool:
     """Return whether a module is no layer, but has a matrix as its weight."""
     weight = module._parameters.get("weight")
-    is_layer = geometry(module) is not None or table(module) is not None
+    is_layer = geometry(module) is not None or embedding_geometry(module) is not None
     return not is_layer and weight is not None and weight.dim() == 2
 
 

@@ -31,7 +31,7 @@ from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, dense, nested_like
 from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
-from .base_layer import geometry, innermost, table
+from .base_layer import embedding_geometry, geometry, innermost
 from .merge_requests import check_order, checked_names, warn_of_merged
 from .merges import Merge, Merges
 from .method_info import AdapterCost
@@ -89,7 +89,7 @@ class BaseTunerLayer(nn.Module):
 
     def note_base(self, base_layer: nn.Module) -> None:
         """Note size, input layout and merges of the layer to adapt."""
-        size = geometry(base_layer) or table(base_layer)
+        size = geometry(base_layer) or embedding_geometry(base_layer)
         if size is not None:
             self.in_features, self.out_features = size.in_features, size.out_features
             self.geometry = size

@@ -18,7 +18,7 @@ from ..base.tracing import numel
 from ..integrations import quantization
 from ..integrations.accelerate import execution_device
 from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
-from .base_layer import geometry, innermost, table
+from .base_layer import embedding_geometry, geometry, innermost
 from .computed_weights import is_computed
 from .computed_weights import read as read_computed
 from .computed_weights import refuse as refuse_computed
@@ -181,7 +181,7 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return True
-    size = geometry(module) or table(module)
+    size = geometry(module) or embedding_geometry(module)
     if size is None or numel(weight) != size.out_features * size.columns:
         return True  # its shape is not the layer's: a packed 4-bit format
     scaled = weight.dtype.itemsize == 1 and any(

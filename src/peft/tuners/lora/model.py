@@ -13,7 +13,13 @@ from ...base.errors import PeftNotSupportedError, PeftWarning, warn
 from ...base.placeholders import placeholders
 from ...checkpoint.format import CheckpointFormat, FusedPart, ModuleShape, Shapes
 from ...config import PeftConfig
-from ...core.base_layer import conv_options, expected_layout, geometry, innermost, table
+from ...core.base_layer import (
+    conv_options,
+    embedding_geometry,
+    expected_layout,
+    geometry,
+    innermost,
+)
 from ...core.combining import Combination, Combined, outer_path
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
@@ -168,7 +174,7 @@ class LoraModel(BaseTuner[LoraConfig]):
     ) -> type[BaseTunerLayer] | None:
         size = geometry(module)
         if size is None:
-            return Embedding if table(module) else None
+            return Embedding if embedding_geometry(module) else None
         if size.is_conv:
             return (Conv1d, Conv2d, Conv3d)[len(size.kernel_size) - 1]
         return _QUANTIZED.get(quantizer(innermost(module)), Linear)
@@ -186,7 +192,7 @@ class LoraModel(BaseTuner[LoraConfig]):
 
     def target_problems(self, config: LoraConfig, path: str, module: nn.Module) -> Iterator[str]:
         """Yield ranks that do not fit, and options that the kind of layer does not have."""
-        size, lookup = geometry(module), table(module)
+        size, lookup = geometry(module), embedding_geometry(module)
         if config.alora_invocation_tokens and size is not None and size.is_conv:
             yield (
                 "`alora_invocation_tokens` is for layers that see tokens one by one, not for "
