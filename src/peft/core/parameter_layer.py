@@ -65,10 +65,12 @@ class ParameterLayer(BaseTunerLayer):
     def note_base(self, base_layer: nn.Module) -> None:
         """Note size and merges of the parameter."""
         module = innermost(base_layer)
-        size, self.num_experts, self.is_stacked = parameter_geometry(module, self.parameter_name)
-        self._expert_arguments = interface_names(type(module))
-        self.geometry = size
+        self.geometry = size = parameter_geometry(module, self.parameter_name)
         self.in_features, self.out_features = size.in_features, size.out_features
+        shape = parameter_shape(module, self.parameter_name)
+        self.is_stacked = len(shape) == 3
+        self.num_experts = shape[0] if self.is_stacked else 1
+        self._expert_arguments = interface_names(type(module))
         inner = base_layer
         while isinstance(inner, ParameterLayer) and inner.parameter_name != self.parameter_name:
             inner = inner.base_layer
@@ -176,9 +178,8 @@ class ParameterLayer(BaseTunerLayer):
         return f"parameter_name='{self.parameter_name}' ({shape})"
 
 
-def parameter_geometry(module: nn.Module, name: str) -> tuple[Geometry, int, bool]:
-    """Return the size of the linear map of a parameter, its number of experts, and whether it has a
-    dimension of experts.
+def parameter_geometry(module: nn.Module, name: str) -> Geometry:
+    """Return the size of a parameter's linear map, or of one expert's if it is a stack.
 
     A stack is `[experts, out, in]`, or `[experts, in, out]` in a module with `is_transposed`.
 
@@ -191,10 +192,10 @@ def parameter_geometry(module: nn.Module, name: str) -> tuple[Geometry, int, boo
             f"`{name}` has the shape {list(shape)}; adapters are for matrices and stacks of "
             "matrices, of two or three dimensions."
         )
-    transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
     rows, columns = shape[-2:]
-    size = Geometry(columns, rows, transposed=True) if transposed else Geometry(rows, columns)
-    return size, shape[0] if len(shape) == 3 else 1, len(shape) == 3
+    if len(shape) == 3 and getattr(module, "is_transposed", False):
+        return Geometry(columns, rows, transposed=True)
+    return Geometry(rows, columns)
 
 
 def stored(delta: Tensor, transposed: bool) -> Tensor:

@@ -69,7 +69,7 @@ class ParameterTarget(NamedTuple):
     @property
     def size(self) -> Geometry:
         """The size of the linear map, or of one expert's."""
-        return parameter_geometry(self.module, self.name)[0]
+        return parameter_geometry(self.module, self.name)
 
 
 def find(
