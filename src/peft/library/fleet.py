@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX, Condition
@@ -282,8 +282,7 @@ class AdapterFleet:
         self._check_unused(stale)
         contents = {name: self.library.content(name) for name in missing}
         after = len(self._held) - len(stale) + len(missing)
-        most = after if self.max_adapters is None else self.max_adapters
-        leaving = self._leaving(wanted, lambda gone: after - len(gone) <= most)
+        leaving = self._leaving(wanted, after - (self.max_adapters or after))
         if missing:
             active = self._active()
             for name in stale:
@@ -293,7 +292,12 @@ class AdapterFleet:
             self._activate([name for name in active if name in self._on_model()])
             sizes = adapter_sizes(self._model, missing)
             self._held |= {name: _Held(wanted[name].version, sizes[name]) for name in missing}
-            leaving = self._leaving_by_bytes(wanted, missing, leaving)
+            try:
+                leaving = self._leaving_by_bytes(wanted, leaving)
+            except BaseException:
+                for name in missing:
+                    self._drop(name)
+                raise
             self._loads += len(missing)
         for name in leaving:
             self._drop(name)
@@ -302,14 +306,13 @@ class AdapterFleet:
             if name in self._held:
                 self._held.move_to_end(name)
 
-    def _leaving(
-        self, wanted: Collection[str], is_enough: Callable[[list[str]], bool]
-    ) -> list[str]:
-        """Return the least recently used adapters that have to leave until there is room.
+    def _leaving(self, wanted: Collection[str], number: int, nbytes: int = 0) -> list[str]:
+        """Return the least recently used adapters, which leave to make room; active ones last.
 
         Args:
             wanted: Adapters that stay.
-            is_enough: Tells if there is room without some adapters.
+            number: Number of adapters that have to leave at least.
+            nbytes: Bytes that they have to take at least.
 
         Raises:
             PeftRuntimeError: Adapters in use are in the way.
@@ -318,7 +321,7 @@ class AdapterFleet:
         free = [name for name in self._held if name not in wanted and not self._uses[name]]
         free.sort(key=lambda name: name in active)
         gone: list[str] = []
-        while not is_enough(gone):
+        while len(gone) < number or sum(self._held[name].bytes for name in gone) < nbytes:
             if len(gone) == len(free):
                 in_use = [name for name in self._held if self._uses[name] and name not in wanted]
                 raise _BusyError(
@@ -329,34 +332,20 @@ class AdapterFleet:
             gone.append(free[len(gone)])
         return gone
 
-    def _leaving_by_bytes(
-        self, wanted: Collection[str], fresh: Collection[str], leaving: list[str]
-    ) -> list[str]:
-        """Return which have to leave by the bound on bytes too, `leaving` by that on their number;
-        if they can't, take the adapters off again that were just put on.
+    def _leaving_by_bytes(self, wanted: Collection[str], leaving: list[str]) -> list[str]:
+        """Return the adapters that have to leave by the bound on bytes too; `leaving` have to by
+        that on their number.
         """
-        bound = self.max_bytes
-        if bound is None:
+        if self.max_bytes is None:
             return leaving
-        try:
-            own = sum(held.bytes for name, held in self._held.items() if name in wanted)
-            if own > bound:
-                raise PeftValueError(
-                    f"{len(wanted)} adapters at once take {in_bytes(own)} on the model, more than "
-                    f"`max_bytes`={bound}; ask for fewer, or raise the bound."
-                )
-            sizes = {name: held.bytes for name, held in self._held.items()}
-            total = sum(sizes.values())
-            return self._leaving(
-                wanted,
-                lambda gone: (
-                    len(gone) >= len(leaving) and total - sum(sizes[n] for n in gone) <= bound
-                ),
+        own = sum(held.bytes for name, held in self._held.items() if name in wanted)
+        if own > self.max_bytes:
+            raise PeftValueError(
+                f"{len(wanted)} adapters at once take {in_bytes(own)} on the model, more than "
+                f"`max_bytes`={self.max_bytes}; ask for fewer, or raise the bound."
             )
-        except BaseException:
-            for name in fresh:
-                self._drop(name)
-            raise
+        total = sum(held.bytes for held in self._held.values())
+        return self._leaving(wanted, len(leaving), total - self.max_bytes)
 
     def _check_unused(self, names: Collection[str]) -> None:
         if busy := [name for name in names if self._uses[name]]:
