@@ -158,7 +158,7 @@ def of_one_save(source: str | os.PathLike, subfolder: str | None, read: Callable
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Return what a file's replacement changes; nothing if there is no file."""
+    """Return a file's inode, time and size, which change when it is replaced; () without a file."""
     try:
         stat = path.stat()
     except OSError:

@@ -60,8 +60,8 @@ def checkpoint_keys(
 ) -> dict[str, str]:
     """Return the keys of an adapter's tensors by their names in the model.
 
-    If the adapter has several layers around one module, for several of its parameters, then those
-    inside the outermost keep a `base_layer` for each of these around them.
+    An adapter of several parameters of a module has a layer for each, one around the other. The key
+    of the outermost has the module's path; those inside have a `base_layer` more for each around.
 
     Example:
         >>> inner, outer = "experts.base_layer.base_layer.lora_A.x", "experts.lora_A.x"
@@ -143,7 +143,9 @@ def _trained_biases(
 
 
 def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | None:
-    """Return the adapters whose layers can have tensors of some adapters; None for all."""
+    """Return the adapters to walk over for the tensors of some: these; or None, for all, where the
+    base model's biases, anywhere in it, belong to an adapter.
+    """
     return adapter_names if config.trained_biases == "none" else None
 
 

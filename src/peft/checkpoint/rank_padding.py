@@ -55,10 +55,11 @@ class RankPadding(NamedTuple):
 
 
 class Unpadded(NamedTuple):
-    """Unpadded sizes of padded tensors.
+    """The size of a padded tensor without its padding.
 
     Args:
-        size: Entries of it that are the adapter's; 0 if the adapter does not have these tensors.
+        padding: The dimension that is padded.
+        size: Its entries that are the adapter's; 0 if the adapter does not have the tensor.
     """
 
     padding: RankPadding

@@ -63,7 +63,7 @@ class Combination:
     heads: str | None = None
 
     def terms(self) -> list[tuple[str, float]]:
-        """Each adapter with its weight."""
+        """Return each adapter with its weight."""
         return list(zip(self.adapters, self.weights, strict=True))
 
 

@@ -125,8 +125,8 @@ def _nested(module: nn.Module, place: FusedModule, keys: Collection[str]) -> str
 
 
 def _changed(model: nn.Module, config: C, found: _Converted, layers: Iterable[str]) -> C:
-    """Return a config that targets stacks, and the modules in `layers`, of which those that are no
-    layers any more (routers) have a weight.
+    """Return a config that targets stacks and the modules in `layers`; of modules that are no
+    layers any more (routers) it targets the weight.
     """
     result = copy.copy(config)
     every_module = plain_modules(model)

@@ -59,7 +59,7 @@ def layer_index(path: str, pattern: str | Collection[str] | None) -> int | None:
 def in_layers(
     path: str, indices: int | Collection[int] | None, pattern: str | Collection[str] | None
 ) -> bool:
-    """Return whether `path` lies in a layer of the given `indices` (None or none: any)."""
+    """Return whether `path` lies in a layer of one of the `indices`; True if there are none."""
     if indices is None or (not isinstance(indices, int) and not indices):
         return True
     return layer_index(path, pattern) in ({indices} if isinstance(indices, int) else set(indices))
@@ -120,8 +120,8 @@ def exactly(chosen: Collection[str], paths: Iterable[str]) -> tuple[list[str], s
 
 
 def patterns(values: Mapping[str, T | None], default: T | None) -> dict[str, T]:
-    """Return the dictionary with which `pattern_value` gives each path its value, and other paths
-    the default. With None it names all paths that have a value.
+    """Return the patterns by which `pattern_value` gives each path its value: one for each value
+    other than the default.
     """
     differing = {
         path: value for path, value in values.items() if value is not None and value != default

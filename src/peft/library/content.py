@@ -41,8 +41,8 @@ class LoadedAdapter(NamedTuple):
     Args:
         config: Its config.
         tensors: Its tensors, by the keys of its file.
-        shared: Tensors that it runs over with other adapters and that its file lacks (a VB-LoRA
-            bank), by digest. They are in memory once.
+        shared: Tensors of other files that it uses too (a VB-LoRA bank), by digest. Adapters that
+            share them have them in memory once.
     """
 
     config: PeftConfig
@@ -65,7 +65,7 @@ class Content:
         layout: The tensors in `data`; adapters of one kind have the same object.
         data: The bytes.
         source: Folder or Hub id with options, where files that the config names are looked up.
-        shared: Tensors of other files that the adapter runs over, by digest.
+        shared: Tensors of other files that the adapter uses too, by digest.
     """
 
     config_text: str

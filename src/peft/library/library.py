@@ -375,7 +375,7 @@ class AdapterLibrary:
 
         Raises:
             PeftValueError: There is no such adapter.
-            CheckpointNotFoundError: Its files, or the bank that it runs over, are gone.
+            CheckpointNotFoundError: Its files, or the bank that it uses, are gone.
             CheckpointError: Its weights or config changed since they were indexed, or are damaged.
         """
         return self.content(name).adapter()
