@@ -193,7 +193,7 @@ def _problems(target: ParameterTarget) -> Iterator[str]:
         )
 
 
-def check_not_parameters(path: str, module: nn.Module) -> str | None:
+def twice_reason(path: str, module: nn.Module) -> str | None:
     """Return the reason why a module can't be adapted as a whole, if its parameters are."""
     if held := layers_of(innermost(module)):
         return f"`{path}`: its parameters {', '.join(held)} have adapters; leave it out."

@@ -446,8 +446,8 @@ def _check_modules(tuner: TargetRules[C], plan: Plan[C], is_new: bool) -> None:
             warn(f"`{path}`: {lost}.")
         if reason := unfit_reason(parent, name, model_type(tuner.model)) or (is_new and lost):
             unsupported.append(f"`{path}`: {reason}.")
-        elif twice := parameter_targets.check_not_parameters(path, module):
-            unsupported.append(twice)
+        elif reason := parameter_targets.twice_reason(path, module):
+            unsupported.append(reason)
         elif tuner.tuner_layer_class(plan.config, base) is None:
             unsupported.append(
                 f"`{path}`: Target module {base_layer.describe(base)} is not supported."
