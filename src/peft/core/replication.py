@@ -88,8 +88,8 @@ def replicate(model: nn.Module, layer_map: LayerMap | None) -> Undo:
     """
     if not layer_map:
         return _nothing
-    present = _replicated(model)
-    if present is not None and present[1].layer_map == [list(pair) for pair in layer_map]:
+    _, present = _replicated(model)
+    if present is not None and present.layer_map == [list(pair) for pair in layer_map]:
         return _nothing
     if present is not None or any("base_layer" in m._modules for _, m in walk(model)):
         raise PeftValueError(
@@ -111,10 +111,9 @@ def replicate(model: nn.Module, layer_map: LayerMap | None) -> Undo:
 
 def restore(model: nn.Module) -> None:
     """Give a model its own layers back."""
-    present = _replicated(model)
-    if present is None:
+    path, replicated = _replicated(model)
+    if replicated is None:
         return
-    path, replicated = present
     (layers,) = replicated.original
     for place, i in enumerate(replicated.order):  # buffers are not shared once they are moved
         for name, buffer in replicated[place].named_buffers():
@@ -129,38 +128,39 @@ def restore(model: nn.Module) -> None:
 
 def keep(model: nn.Module) -> None:
     """Leave the repeated layers in a model as its own, each with its own weights."""
-    present = _replicated(model)
-    if present is None:
+    path, replicated = _replicated(model)
+    if replicated is None:
         return
     seen: set[int] = set()
-    for layer in present[1]:
+    for layer in replicated:
         for module in layer.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in seen:
                     fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                     module._parameters[key] = fresh
         seen |= {id(parameter) for parameter in layer.parameters()}
-    parent, _, name = get_submodules(model, present[0])
-    setattr(parent, name, nn.ModuleList(present[1]))
+    parent, _, name = get_submodules(model, path)
+    setattr(parent, name, nn.ModuleList(replicated))
 
 
 def same_list(model: nn.Module) -> Callable[[str, str], bool]:
     """Return a function that tells whether two paths lie in a list of repeated layers."""
-    present = _replicated(model)
-    start = None if present is None else f"{present[0]}."
-    return lambda one, two: start is not None and one.startswith(start) and two.startswith(start)
+    path, replicated = _replicated(model)
+    if replicated is None:
+        return lambda one, two: False
+    return lambda one, two: one.startswith(f"{path}.") and two.startswith(f"{path}.")
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
     """Return the identities of the parameters of a list of repeated layers."""
-    present = _replicated(model)
-    return set() if present is None else {id(p) for p in present[1].original[0].parameters()}
+    _, replicated = _replicated(model)
+    return set() if replicated is None else {id(p) for p in replicated.original[0].parameters()}
 
 
 def check_mergeable(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise `PeftNotSupportedError` if some layers share their base weight with a repeated one."""
-    present = _replicated(model)
-    users = Counter(() if present is None else _parameter_ids(present[1]))
+    _, replicated = _replicated(model)
+    users = Counter(() if replicated is None else _parameter_ids(replicated))
     for path, layer in layers.items() if users else ():
         if users[id(layer.get_base_layer()._parameters.get("weight"))] > 1:
             raise PeftNotSupportedError(
@@ -179,10 +179,10 @@ def _parameter_ids(root: nn.Module) -> Iterator[int]:
         yield from (id(p) for p in module._parameters.values() if p is not None)
 
 
-def _replicated(model: nn.Module) -> tuple[str, ReplicatedLayers] | None:
-    """Return the list of repeated layers in a model, with its path."""
+def _replicated(model: nn.Module) -> tuple[str, ReplicatedLayers | None]:
+    """Return the path of the list of repeated layers in a model, and the list, if there is one."""
     found = ((path, m) for path, m in walk(model) if isinstance(m, ReplicatedLayers))
-    return next(found, None)
+    return next(found, None) or ("", None)
 
 
 def _list_of_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
