@@ -60,7 +60,7 @@ class Follower(AuxiliaryTrainingWrapper, WeightFollower):
     def follow(self, adapter_name: str) -> None:
         """Follow an adapter that the owner has."""
         self._followed.append(adapter_name)
-        self._active_adapter = self.among(self._owner[0].active_adapters)
+        self._active_adapter = self.among(self.owner.active_adapters)
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """Return nothing: the parameters are the owner's."""
@@ -95,9 +95,8 @@ class Follower(AuxiliaryTrainingWrapper, WeightFollower):
 
     def _run(self, names: list[str], x: Tensor, *args: object, **kwargs: object) -> Tensor:
         result = self.original_module(x, *args, **kwargs)
-        merged = self._owner[0].merged_adapters
         for name in names:
-            if name not in merged:
-                delta = self._owner[0].follower_delta(name, self.original_module, x)
+            if name not in self.owner.merged_adapters:
+                delta = self.owner.follower_delta(name, self.original_module, x)
                 result = result + delta.to(result.dtype)
         return result
