@@ -83,20 +83,18 @@ def checkpoint_keys(
     return found
 
 
-def _module_of(key: str, containers: Collection[str]) -> str:
-    """Return the path of the module that a tensor's layer adapts."""
-    parts = key.split(".")
+def _module_of(name: str, containers: Collection[str]) -> str:
+    """Return the path of the module that has a tensor's container."""
+    parts = name.split(".")
     end = next((i for i, part in enumerate(parts) if part in containers), 0)
     return ".".join(parts[:end])
 
 
 def _depth(name: str, containers: Collection[str]) -> int:
     """Return the number of layers around the one that a tensor belongs to."""
-    parts = name.split(".")
-    end = next((i for i, part in enumerate(parts) if part in containers), 0)
-    depth = 0
-    while depth < end and parts[end - 1 - depth] == "base_layer":
-        depth += 1
+    path, depth = f".{_module_of(name, containers)}", 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
     return depth
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -161,12 +161,8 @@ def split_key(key: str, containers: Collection[str]) -> tuple[str, str, str]:
     root = _ROOT.match(key)
     assert root is not None
     parts = key[root.end() :].split(".")
-    ends = (
-        i
-        for i, part in enumerate(parts)
-        if any(part == name or part.startswith(f"{name}_topk") for name in containers)
-    )
-    end = next(ends, len(parts) - 1)
+    at = container_at(parts, containers)
+    end = len(parts) - 1 if at is None else at
     while end and parts[end - 1] in _INSERTED:
         end -= 1
     return (
@@ -174,6 +170,16 @@ def split_key(key: str, containers: Collection[str]) -> tuple[str, str, str]:
         ".".join(parts[:end]),
         "".join(f".{part}" for part in parts[end:]).removeprefix("" if end else "."),
     )
+
+
+def container_at(parts: Sequence[str], containers: Collection[str]) -> int | None:
+    """Return the position of a container among the parts of a key. Files may have its tensors in
+    another form, `<container>_topk_…`.
+    """
+    for i, part in enumerate(parts):
+        if any(part == name or part.startswith(f"{name}_topk") for name in containers):
+            return i
+    return None
 
 
 def _without_towers(path: str) -> str:

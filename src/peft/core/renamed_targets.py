@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, MODEL_ROOT
 from ..base.plain_values import is_empty
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.renamed_modules import ModuleNames, plain_modules, renamed_state
+from ..checkpoint.renamed_modules import ModuleNames, container_at, plain_modules, renamed_state
 from ..config import TargetedConfig
 from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
@@ -88,11 +88,9 @@ def saved_paths(
     """Return the present paths of the modules in a checkpoint's keys."""
     names, paths = ModuleNames(model), set()
     for key in state_dict:
-        parts = unwrapped_name(key.removeprefix("base_model.model.")).split(".")
-        for i, part in enumerate(parts):
-            if any(part == name or part.startswith(f"{name}_topk") for name in containers):
-                paths.add(".".join(parts[:i]))
-                break
+        parts = unwrapped_name(key.removeprefix(MODEL_ROOT)).split(".")
+        if (end := container_at(parts, containers)) is not None:
+            paths.add(".".join(parts[:end]))
     return {names.now(path) or path for path in paths}
 
 
