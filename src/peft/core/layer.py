@@ -65,13 +65,14 @@ class BaseTunerLayer(nn.Module):
     _modules: dict[str, Any]  # base layer and containers, read without `__getattr__` on hot paths
     layout: RowLayout = SAMPLES_FIRST
     geometry: Geometry
+    _merges: Merges
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls)
-        if "adapter_layer_names" in own and "container_names" not in own:
+        members = vars(cls)
+        if "adapter_layer_names" in members and "container_names" not in members:
             cls.container_names = cls.adapter_layer_names
-        if "other_param_names" in own and "value_names" not in own:
+        if "other_param_names" in members and "value_names" not in members:
             cls.value_names = tuple(name for name in cls.other_param_names if name != "scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -95,8 +96,7 @@ class BaseTunerLayer(nn.Module):
             self.geometry = size
             if size.is_conv or geometry(base_layer) is None:
                 self.layout = RowLayout(1 + len(size.kernel_size) if size.is_conv else 0)
-        inner = base_layer if isinstance(base_layer, BaseTunerLayer) else None
-        self._merges: Merges = Merges() if inner is None else inner._merges
+        self._merges = base_layer._merges if isinstance(base_layer, BaseTunerLayer) else Merges()
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base layer's output plus the active adapters' deltas, in the output's dtype.
@@ -180,8 +180,8 @@ class BaseTunerLayer(nn.Module):
 
     def merge_factor(self, adapter_name: str, scale: float) -> Tensor | None:
         """Return the number by which a merge multiplies weight plus delta; None for 1."""
-        own = self.decomposition(adapter_name)
-        return None if own is None else own.weight_factor(self.geometry, scale)
+        norms = self.decomposition(adapter_name)
+        return None if norms is None else norms.weight_factor(self.geometry, scale)
 
     def merge_bias(self, adapter_name: str, scale: float) -> Tensor | None:
         """Return the tensor that a merge adds to the base layer's bias; None for nothing."""
@@ -189,9 +189,9 @@ class BaseTunerLayer(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter's delta is a matrix, and so has low-rank factors."""
-        own, base = type(self), BaseTunerLayer
-        is_stated = own.get_delta_weight is not base.get_delta_weight
-        return is_stated or own.delta_recipe is not base.delta_recipe
+        kind, base = type(self), BaseTunerLayer
+        is_stated = kind.get_delta_weight is not base.get_delta_weight
+        return is_stated or kind.delta_recipe is not base.delta_recipe
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
@@ -320,9 +320,8 @@ class BaseTunerLayer(nn.Module):
         self._freeze.forget()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         trained = [] if inference_mode else [name for name in names if name in self.scaling]
-        frozen = [name for name in adapters.unfrozen(self) if name not in trained]
-        for name in [*frozen, *trained]:
-            self.set_requires_grad(name, name in trained)
+        self.set_requires_grad([n for n in adapters.unfrozen(self) if n not in trained], False)
+        self.set_requires_grad(trained, True)
         self._active_adapter = adapter_names if isinstance(adapter_names, str) else names
 
     def set_requires_grad(
@@ -356,8 +355,10 @@ class BaseTunerLayer(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete and deactivate an adapter, which must not be merged."""
         if adapter_name in self.merged_adapters:
-            name = f"['{adapter_name}'] while they are merged. Please unmerge them first."
-            raise PeftValueError(f"Cannot delete adapter(s) {name}")
+            raise PeftValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
+                "unmerge them first."
+            )
         adapters.drop(self, adapter_name)
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
@@ -397,8 +398,8 @@ class BaseTunerLayer(nn.Module):
             check_scale(scale, is_divisor=True)
         for name in self.active_adapters:
             if name in self.scaling:
-                own = self.base_scaling(name) if scale is None else self.scaling[name] / scale
-                self.hold_scale(name, own)
+                scaled = self.base_scaling(name) if scale is None else self.scaling[name] / scale
+                self.hold_scale(name, scaled)
 
     @property
     def merged(self) -> bool:
@@ -424,9 +425,9 @@ class BaseTunerLayer(nn.Module):
                 merged.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
-        own = {n: options for n in checked_names(names) if n in self.scaling}
-        new = self._merges.missing(self, own)
-        warn_of_merged([name for name in own if name not in new], list(new))
+        wanted = {n: options for n in checked_names(names) if n in self.scaling}
+        new = self._merges.missing(self, wanted)
+        warn_of_merged([name for name in wanted if name not in new], list(new))
         self.check_mergeable(list(new))
         self._merges.merge(self, new, safe_merge)
 
@@ -493,8 +494,7 @@ class BaseTunerLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseTunerLayer:
         """Cast or move the layer. Unmerging gives the original weight cast or moved."""
-        if not self.merged or not recurse:
-            return super()._apply(fn, recurse)
-        return self._merges.converted(
-            self.holder, lambda: super(BaseTunerLayer, self)._apply(fn), fn
-        )
+        apply = super()._apply
+        if self.merged and recurse:
+            return self._merges.converted(self.holder, lambda: apply(fn), fn)
+        return apply(fn, recurse)

@@ -53,11 +53,11 @@ def check_order(layers: Sequence[MergeableLayer], merged: Sequence[str]) -> None
         PeftNotSupportedError: An adapter with norms of rows would come before or after others than
             it does in the forward, or after one that adds to the bias, which norms multiply too.
     """
-    own = [(n, layer) for layer in layers for n in layer.active_adapters if n in layer.scaling]
-    active = [name for name, _ in own]
+    pairs = [(n, layer) for layer in layers for n in layer.active_adapters if n in layer.scaling]
+    active = [name for name, _ in pairs]
     order = [name for name in merged if name in active]
     order += [name for name in active if name not in merged]
-    for name, layer in own:
+    for name, layer in pairs:
         decomposition = layer.decomposition(name)
         if decomposition is None or decomposition.by_columns:
             continue

@@ -129,7 +129,7 @@ class Merges:
         base = layer.holder
         with exact_merge.isolated(_weight(base).device):
             first = None if self.entries else next(iter(options))
-            new = [_merge_of(layer, name, own, name == first) for name, own in options.items()]
+            new = [_merge_of(layer, n, chosen, n == first) for n, chosen in options.items()]
         self.add(base, new, check)
 
     def add(self, base: nn.Module, new: Sequence[Merge], check: bool = False) -> None:
@@ -192,7 +192,7 @@ class Merges:
         """Record the merges of a layer in the metadata of a state dict with its weight."""
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and layer.merged_adapters:
-            metadata["merged"] = {name: dict(own) for name, own in self.options(layer).items()}
+            metadata["merged"] = self._recorded(layer)
 
     def load_metadata(
         self,
@@ -214,20 +214,24 @@ class Merges:
         if not isinstance(value, Tensor) or weight is None or value.shape != weight.shape:
             return
         recorded = cast(Mapping[str, Options], metadata.get("merged", {}))
-        noted = {name: own for name, own in recorded.items() if name in layer.scaling}
+        noted = {name: options for name, options in recorded.items() if name in layer.scaling}
         if not noted and not self.entries:
             return
         is_same = _same_numbers(value, weight)
-        if is_same and noted == {name: dict(own) for name, own in self.options(layer).items()}:
+        if is_same and noted == self._recorded(layer):
             return
         if is_same and "merged" not in metadata:
             return
         if any(merge.is_known or merge.layer is layer for merge in self.entries):
             self._forget(base)
         if noted:
-            self.entries += [Merge(layer, name, own, None) for name, own in noted.items()]
+            self.entries += [Merge(layer, name, options, None) for name, options in noted.items()]
             self._written = Written(weight, is_final=False)
             layer.note_merges(self.names(layer))
+
+    def _recorded(self, layer: MergeableLayer) -> dict[str, dict[str, Any]]:
+        """Return a layer's merges as a state dict records them."""
+        return {name: dict(options) for name, options in self.options(layer).items()}
 
     def _forget(self, base: nn.Module) -> None:
         """Forget all merges, since the weight is about to be overwritten."""
@@ -282,17 +286,17 @@ class Merges:
     def missing(self, layer: MergeableLayer, options: Mapping[str, Options]) -> dict[str, Options]:
         """Return options of the adapters not merged yet; raise if merged with other options."""
         merged = self.options(layer)
-        for name, own in options.items():
-            if name in merged and own and dict(merged[name]) != dict(own):
+        for name, new in options.items():
+            if name in merged and new and dict(merged[name]) != dict(new):
                 now, wanted = (
                     ", ".join(f"{k}={v!r}" for k, v in given.items())
-                    for given in (merged[name], own)
+                    for given in (merged[name], new)
                 )
                 raise PeftValueError(
                     f"Adapter {name} is merged with {now or 'no options'}; call `unmerge_adapter` "
                     f"before merging it with {wanted}."
                 )
-        return {n: own for n, own in options.items() if n in layer.scaling and n not in merged}
+        return {n: new for n, new in options.items() if n in layer.scaling and n not in merged}
 
     def original(self, base: nn.Module) -> Tensor:
         """Return the dequantized weight without any merge, bit for bit the original.
@@ -464,15 +468,13 @@ def _merge_of(layer: MergeableLayer, adapter_name: str, options: Options, is_fir
 
 
 def _check_finite(merge: Merge, weight: Tensor, check: bool) -> None:
-    parts = {"weights": weight, "bias": merge.bias} if check else {}
-    kinds = [
-        k for k, part in parts.items() if part is not None and not part.float().isfinite().all()
-    ]
-    for kind in kinds:
-        raise PeftValueError(
-            f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; "
-            "nothing was merged."
-        )
+    """Raise for a merged weight or bias that is not finite, if they are to be checked."""
+    for kind, tensor in (("weights", weight), ("bias", merge.bias)) if check else ():
+        if tensor is not None and not tensor.float().isfinite().all():
+            raise PeftValueError(
+                f"NaNs detected in the merged {kind}. The adapter {merge.name} seems to be broken; "
+                "nothing was merged."
+            )
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:

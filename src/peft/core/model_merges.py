@@ -40,18 +40,18 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
         PeftNotSupportedError: A layer can't be merged into.
     """
     layers = list(named.values())[::-1]  # of layers around one base layer, the inner ones first
-    todo = [(layer, own) for layer in layers if (own := layer._merges.missing(layer, options))]
-    left = [name for name in options if any(name in own for _, own in todo)]
+    todo = [(layer, new) for layer in layers if (new := layer._merges.missing(layer, options))]
+    left = [name for name in options if any(name in new for _, new in todo)]
     present = [name for name in options if any(name in layer.scaling for layer in layers)]
     warn_of_merged([name for name in present if name not in left], left)
-    _check(named, {id(layer): own for layer, own in todo})
+    _check(named, {id(layer): new for layer, new in todo})
     _warn_of_arguments(named, {layer for layer, _ in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
-        for layer, own in track(todo, "Merging"):
-            with loaded_weights(layer, [*own, *layer.merged_adapters]):
-                layer._merges.merge(layer, own, safe_merge)
-            done.append((layer, list(own)))
+        for layer, new in track(todo, "Merging"):
+            with loaded_weights(layer, [*new, *layer.merged_adapters]):
+                layer._merges.merge(layer, new, safe_merge)
+            done.append((layer, list(new)))
     except BaseException:
         for layer, merged in reversed(done):
             _take_off(layer, merged)
@@ -76,14 +76,14 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
     problems: dict[str, list[str]] = {}
     inner: dict[nn.Module, list[str]] = {}  # adapters that inner layers are about to merge
     for path, layer in reversed(list(named.items())):
-        own = todo.get(id(layer), {})
+        new = todo.get(id(layer), {})
         names = inner.setdefault(layer.holder, [])
-        names += own
-        with loaded_weights(layer, [*own, *layer.merged_adapters]):
+        names += new
+        with loaded_weights(layer, [*new, *layer.merged_adapters]):
             try:
                 if names:
                     layer.check_mergeable(names)
-                    _check_values(layer, list(own))
+                    _check_values(layer, new)
             except PeftNotSupportedError as error:
                 problems.setdefault(str(error), []).append(f"`{path}`")
     if problems:
@@ -234,8 +234,8 @@ def without_other_merges(
     """Context without adapters merged with other options; an error merges them again."""
     taken: list[tuple[BaseTunerLayer, list[Merge]]] = []
     for layer in layers:
-        names = [name for name, own in options.items() if own and name in layer.merged_adapters]
-        others = [name for name in names if layer._merges.options(layer)[name] != options[name]]
+        merged = layer._merges.options(layer)
+        others = [n for n, new in options.items() if new and n in merged and merged[n] != new]
         if others:
             taken.append((layer, _take_off(layer, others)))
     try:
@@ -258,11 +258,11 @@ def for_good(
     weights become parameters. Yields True if some adapter is not merged yet.
     """
     layers = list(layers)
-    own = [(layer, name) for layer in layers for name in names if name in layer.scaling]
+    pairs = [(layer, name) for layer in layers for name in names if name in layer.scaling]
     changed = dict.fromkeys([layer for layer in layers if layer.merged])
-    changed |= dict.fromkeys(layer for layer, _ in own)
+    changed |= dict.fromkeys(layer for layer, _ in pairs)
     with without_other_merges(layers, options), apart(model, list(changed)):
-        missing = [layer for layer, name in own if name not in layer.merged_adapters]
+        missing = [layer for layer, name in pairs if name not in layer.merged_adapters]
         with made_plain(dict.fromkeys(layer.holder for layer in missing)):
             yield bool(missing)
 
