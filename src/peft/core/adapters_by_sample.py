@@ -48,18 +48,18 @@ def apply_one_by_one(
     layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor, owners: RowOwners
 ) -> Tensor:
     """Apply each sample's adapter to its rows: one gather for each adapter, one scatter for all."""
-    rows = {
+    by_adapter = {
         name: rows
         for name, rows in batch.rows_by_adapter(x.shape[0], x.device, owners).items()
         if name in layer.scaling and name in batch.samples
     }
-    if not rows:
+    if not by_adapter:
         return result
     owner = owners.owner
     changed = [
         layer.apply_to_samples(
-            name, batch.samples[name], x[own], result[own], None if owner is None else owner[own]
+            name, batch.samples[name], x[rows], result[rows], None if owner is None else owner[rows]
         ).to(result.dtype)
-        for name, own in rows.items()
+        for name, rows in by_adapter.items()
     ]
-    return result.index_copy(0, torch.cat(list(rows.values())), torch.cat(changed))
+    return result.index_copy(0, torch.cat(list(by_adapter.values())), torch.cat(changed))

@@ -89,9 +89,9 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's parameters, or the original module and freeze all parameters."""
         if not enabled and not self._disable_adapters:
-            own = {name: self.parameters_of(name) for name in self.adapters}
-            trained = [name for name, every in own.items() if any(p.requires_grad for p in every)]
-            self._freeze.begin([self], (p for name in trained for p in own[name]), trained)
+            parameters = {name: self.parameters_of(name) for name in self.adapters}
+            trained = [n for n, own in parameters.items() if any(p.requires_grad for p in own)]
+            self._freeze.begin([self], (p for name in trained for p in parameters[name]), trained)
         elif enabled:
             self._freeze.end()
         self._disable_adapters = not enabled
@@ -104,11 +104,11 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_one_of(names)
-        own = self.among(names)
+        active = self.among(names)
         self._freeze.forget()
         for name in self.adapters:
-            self.set_requires_grad(name, name in own and not inference_mode)
-        self._active_adapter = own
+            self.set_requires_grad(name, name in active and not inference_mode)
+        self._active_adapter = active
 
     def among(self, adapter_names: Iterable[str]) -> list[str]:
         """Return the names of those adapters that have parameters in this module."""
@@ -116,10 +116,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def check_one_of(self, adapter_names: Iterable[str]) -> None:
         """Raise `PeftValueError` if several of some adapters train the same parameters."""
-        if len(own := self.among(adapter_names)) > 1:
+        if len(names := self.among(adapter_names)) > 1:
             raise PeftValueError(
                 f"Only one adapter can be set at a time for {type(self).__name__}: "
-                f"{', '.join(own)} each train the same module. Make one adapter of them with "
+                f"{', '.join(names)} each train the same module. Make one adapter of them with "
                 "`add_weighted_adapter(…, heads=…)`, or give each sample its own with "
                 "`adapter_names`."
             )
@@ -148,23 +148,23 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """Call `run(adapter, …)` with the rows of each adapter's samples; join the outputs."""
         if batch.only is not None:
             return run(batch.only, *args, **kwargs)
-        shared = batch.row_owners(args[0], self)
-        dim = int(shared.sequence_first)
+        owners = batch.row_owners(args[0], self)
+        dim = int(owners.sequence_first)
         total = args[0].shape[dim]
 
-        def part(value: object, own: Tensor) -> object:
+        def select(value: object, rows: Tensor) -> object:
             if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == total:
-                return value.index_select(dim, own)
+                return value.index_select(dim, rows)
             return value
 
-        rows = batch.rows_by_adapter(total, args[0].device, shared)
+        by_adapter = batch.rows_by_adapter(total, args[0].device, owners)
         outputs = [
             run(
                 name,
-                *(part(value, own) for value in args),
-                **{key: part(value, own) for key, value in kwargs.items()},
+                *(select(value, rows) for value in args),
+                **{key: select(value, rows) for key, value in kwargs.items()},
             )
-            for name, own in rows.items()
+            for name, rows in by_adapter.items()
         ]
         tensors: list[Tensor] = [output for output in outputs if isinstance(output, Tensor)]
         if len(tensors) < len(outputs):
@@ -172,7 +172,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
                 "`adapter_names` needs modules in `modules_to_save` that return a tensor; "
                 f"{type(self.original_module).__name__} does not."
             )
-        return torch.cat(tensors, dim).index_select(dim, torch.cat(list(rows.values())).argsort())
+        order = torch.cat(list(by_adapter.values())).argsort()
+        return torch.cat(tensors, dim).index_select(dim, order)
 
     def _current(self) -> nn.Module:
         """Return the module whose attributes this one shows."""

@@ -119,10 +119,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def check_one_of(self, adapter_names: Iterable[str]) -> None:
         """Raise `PeftValueError` if several of some adapters train the same row."""
-        own = self.among(adapter_names)
-        rows = [row for name in own for row in {*self._owner[0].token_indices[name]}]
+        names = self.among(adapter_names)
+        rows = [row for name in names for row in {*self._owner[0].token_indices[name]}]
         if len({*rows}) < len(rows):
-            super().check_one_of(own)
+            super().check_one_of(names)
 
     @property
     def weight(self) -> Tensor:
@@ -138,8 +138,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """Return an adapter's rows in a list."""
-        own = self.token_adapter.trainable_tokens_delta
-        return [own[adapter_name]] if adapter_name in own else []
+        rows = self.token_adapter.trainable_tokens_delta
+        return [rows[adapter_name]] if adapter_name in rows else []
 
     def remove(self, adapter_name: str) -> None:
         """Remove an adapter's rows."""
