@@ -74,12 +74,12 @@ def checkpoint_keys(
         if key is not None:
             found[name] = key
             depths.setdefault(_module_of(key, containers), set()).add(_depth(name, containers))
-    nested = {path: sorted(own) for path, own in depths.items() if len(own) > 1}
+    nested = {path: sorted(levels) for path, levels in depths.items() if len(levels) > 1}
     for name, key in found.items() if nested else ():
         path = _module_of(key, containers)
         if path in nested:
-            levels = ".base_layer" * nested[path].index(_depth(name, containers))
-            found[name] = path + levels + key[len(path) :]
+            level = nested[path].index(_depth(name, containers))
+            found[name] = path + ".base_layer" * level + key[len(path) :]
     return found
 
 
@@ -105,14 +105,13 @@ def adapter_tensors(
     embeddings: bool | Container[str] = False,
 ) -> dict[str, T]:
     """Return an adapter's tensors by checkpoint key, with all or some token embeddings."""
-    own = container_names(config)
-    shared = tuner_class(config).shared_parameter_names
+    containers, shared = container_names(config), tuner_class(config).shared_parameter_names
     tensors = {unwrapped_name(name): tensor for name, tensor in named}
-    keys = checkpoint_keys(tensors, adapter_name, own, shared)
+    keys = checkpoint_keys(tensors, adapter_name, containers, shared)
     result = {key: tensors[name] for name, key in keys.items()}
     # An adapter's copy of a module comes before the module's own tensors of the same key.
     if config.trained_biases != "none":
-        for name in _trained_biases(tensors, config, own):
+        for name in _trained_biases(tensors, config, containers):
             result.setdefault(name, tensors[name])
     for name, tensor in tensors.items() if embeddings else ():
         if is_embedding(name) and (
@@ -151,11 +150,11 @@ def companion_tensors(
     named: Iterable[tuple[str, T]], config: AdapterConfig, adapter_name: str
 ) -> dict[str, T]:
     """Return full modules, embedding rows and biases trained beside an adapter, by key."""
-    own = container_names(config) - {TOKEN_ROWS}
+    in_layers = container_names(config) - {TOKEN_ROWS}
     return {
         key: tensor
         for key, tensor in adapter_tensors(named, config, adapter_name).items()
-        if own.isdisjoint(key.split("."))
+        if in_layers.isdisjoint(key.split("."))
     }
 
 
@@ -186,7 +185,7 @@ def container_names(config: AdapterConfig) -> set[str]:
 
 def adapter_config(model: nn.Module, adapter_name: str) -> AdapterConfig:
     """Return the config of an adapter in a model."""
-    configs = getattr(model, "peft_config", None)
-    known: dict[str, AdapterConfig] = configs if isinstance(configs, dict) else {}
-    check_adapter(adapter_name, known)
-    return known[adapter_name]
+    held = getattr(model, "peft_config", None)
+    configs: dict[str, AdapterConfig] = held if isinstance(held, dict) else {}
+    check_adapter(adapter_name, configs)
+    return configs[adapter_name]

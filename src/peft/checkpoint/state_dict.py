@@ -237,12 +237,12 @@ def set_peft_model_state_dict(
     config = adapter_config(model, adapter_name)
     view = in_view(config, adapter_name)
     named = list(state_tensors(model, view).items())
-    own = adapter_tensors(named, config, adapter_name)
-    is_native = not any(key.startswith(ROOT) for key in own)
+    present = adapter_tensors(named, config, adapter_name)
+    is_native = not any(key.startswith(ROOT) for key in present)
     base = model if is_native else getattr(model, "get_base_model", lambda: model)()
-    imported = import_state(peft_model_state_dict, config, ROOT if is_native else "", own)
+    imported = import_state(peft_model_state_dict, config, ROOT if is_native else "", present)
     state = renamed_state(base, imported, container_names(config)).state
-    if not state.keys() <= own.keys():
+    if not state.keys() <= present.keys():
         named += tied_embeddings(model, [tensor for _, tensor in named])
     expected = adapter_tensors(named, config, adapter_name, state)
     # A checkpoint may hold trained biases for an adapter that trains none.

@@ -88,22 +88,21 @@ def combine(
             f"`heads`={heads!r} must be {choices}.{did_you_mean(str(heads), [*parts, MEAN])}"
         )
     result: dict[str, Tensor] = {}
-    for key in dict.fromkeys(key for own in parts.values() for key in own):
-        own = {name: tensors[key] for name, tensors in parts.items() if key in tensors}
-        if len(own) == 1 or heads in own or (heads is None and _are_equal(*own.values())):
-            taken = own.get(heads or "", next(iter(own.values())))
+    for key in dict.fromkeys(key for tensors in parts.values() for key in tensors):
+        copies = {name: tensors[key] for name, tensors in parts.items() if key in tensors}
+        if len(copies) == 1 or heads in copies or (heads is None and _are_equal(*copies.values())):
+            taken = copies.get(heads or "", next(iter(copies.values())))
             result[key] = taken.detach().clone()
         elif heads is None or heads in parts:
             given = "" if heads is None else f", but {heads} (`heads`={heads!r}) does not"
-            alike = len({tensor.shape for tensor in own.values()}) == 1
+            alike = len({tensor.shape for tensor in copies.values()}) == 1
             raise PeftValueError(
-                f"Adapters {', '.join(own)} each train a copy of `{key}`{given}. Choose one, or "
-                f"combine them, by `heads`: {_choices(own, can_stack, mean=alike)}."
+                f"Adapters {', '.join(copies)} each train a copy of `{key}`{given}. Choose one, or "
+                f"combine them, by `heads`: {_choices(copies, can_stack, mean=alike)}."
             )
         else:
-            result[key] = _mean(
-                key, own, weights, f"pass as `heads` {_choices(own, can_stack, mean=False)}"
-            )
+            remedy = f"pass as `heads` {_choices(copies, can_stack, mean=False)}"
+            result[key] = _mean(key, copies, weights, remedy)
     return result
 
 

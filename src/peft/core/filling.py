@@ -51,29 +51,29 @@ def copy_fill(model: nn.Module, config: PeftConfig, source: str) -> Fill:
             key.removeprefix(MODEL_ROOT).removeprefix(ROOT): tensor
             for key, tensor in adapter_tensors(present.items(), config, source).items()
         }
-        own = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
-        fill_with(build, {key: tensor for key, tensor in values.items() if key in own})
+        wanted = adapter_tensors(build.named_tensors(), build.config, build.adapter_name)
+        fill_with(build, {key: tensor for key, tensor in values.items() if key in wanted})
         for path, layer in build.layers.items():
-            known = layer_of(model.get_submodule(MODEL_ROOT + path), type(layer))
-            _copy_state(layer, known, build.adapter_name, source)
+            original = layer_of(model.get_submodule(MODEL_ROOT + path), type(layer))
+            _copy_state(layer, original, build.adapter_name, source)
         for target, layer in build.parameters.values():
-            known = layer_for(model, MODEL_ROOT + target.path, target.name, type(layer))
-            _copy_state(layer, known, build.adapter_name, source)
+            original = layer_for(model, MODEL_ROOT + target.path, target.name, type(layer))
+            _copy_state(layer, original, build.adapter_name, source)
 
     return fill
 
 
 def _copy_state(
-    layer: BaseTunerLayer, known: BaseTunerLayer | None, name: str, source: str
+    layer: BaseTunerLayer, original: BaseTunerLayer | None, name: str, source: str
 ) -> None:
     """Copy a layer's state of an adapter that is in no checkpoint: its scale, its start."""
-    assert known is not None  # the model has the source
-    layer.scaling[name] = known.scaling[source]
+    assert original is not None  # the model has the source
+    layer.scaling[name] = original.scaling[source]
     for attribute in layer.value_names:
-        entries, values = getattr(layer, attribute), getattr(known, attribute)
+        entries, values = getattr(layer, attribute), getattr(original, attribute)
         if name in entries and source in values and isinstance(entries[name], nn.Module):
-            own, other = entries[name].buffers(), values[source].buffers()
-            for buffer, value in zip(own, other, strict=True):
+            buffers = zip(entries[name].buffers(), values[source].buffers(), strict=True)
+            for buffer, value in buffers:
                 buffer.copy_(value)
 
 

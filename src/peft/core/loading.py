@@ -332,10 +332,10 @@ def _load_into(
 ) -> LoadResult:
     """Replace an adapter's values; after a `CheckpointError` they are as before."""
     named = state_tensors(model, in_view(config, adapter_name))
-    own = adapter_tensors(named.items(), config, adapter_name)
-    state = checkpoint.state_for(own, config, adapter_name)
-    incoming = import_state(state, config, names=own)
-    if not incoming.keys() <= own.keys():
+    present = adapter_tensors(named.items(), config, adapter_name)
+    state = checkpoint.state_for(present, config, adapter_name)
+    incoming = import_state(state, config, names=present)
+    if not incoming.keys() <= present.keys():
         named |= tied_embeddings(model, named.values())
     expected = adapter_tensors(named.items(), config, adapter_name, incoming)
     found = checkpoint.compare(expected, incoming)
