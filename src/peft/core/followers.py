@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
-from ..base.containers import WeightFollower
 from .auxiliary import AuxiliaryTrainingWrapper
 
 
@@ -26,7 +25,7 @@ class Owner(Protocol):
         """Return what an adapter adds to the output of another layer with the same weight."""
 
 
-class Follower(AuxiliaryTrainingWrapper, WeightFollower):
+class Follower(AuxiliaryTrainingWrapper):
     """A layer that shares its weight with an adapted one, the owner.
 
     It adds the deltas of those of the owner's adapters that it follows: their parameters are the
