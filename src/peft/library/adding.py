@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
@@ -27,9 +27,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.hub import HubOptions, find_file
 from .entry import AdapterEntry, Place
-from .index import Index
 from .inspecting import UnfitError, inspect_folder
-from .naming import default_name, free_name
 from .pack import AdapterPack
 from .scanning import scan
 
@@ -60,47 +58,6 @@ def on_hub(repo: str, options: HubOptions) -> AdapterEntry:
     except UnfitError as error:
         raise CheckpointError(f"'{repo}' can't be added to the library. {error}") from None
     return replace(entry, place=place)
-
-
-def with_entry(entry: AdapterEntry) -> Callable[[Index], None]:
-    """Return a change of an index that adds an entry; what the owner wrote of it stays."""
-
-    def change(index: Index) -> None:
-        others = {
-            place
-            for place in index.entries
-            if place._replace(revision="") == entry.place._replace(revision="")
-        }
-        known = [index.entries.pop(place) for place in others]
-        name = known[0].name if known else free_name(default_name(entry.place), index.names())
-        tags, scores = (known[0].tags, known[0].scores) if known else ((), {})
-        index.entries[entry.place] = replace(entry, name=name, tags=tags, scores=scores)
-
-    return change
-
-
-def without_memory(*places: Place) -> Callable[[Index], None]:
-    """Return a change of an index that forgets why there are no adapters in places."""
-
-    def change(index: Index) -> None:
-        for place in places:
-            index.removed.discard(place)
-            index.left_out.pop(place.path, None)
-
-    return change
-
-
-def without(places: Collection[Place]) -> Callable[[Index], None]:
-    """Return a change of an index that removes what is in places."""
-
-    def change(index: Index) -> None:
-        gone = {place for place in places if index.lost.pop(place, None) is not None}
-        for place in places:
-            index.entries.pop(place, None)
-            index.left_out.pop(place.path, None)
-        index.removed |= {place for place in places if not place.repo and place not in gone}
-
-    return change
 
 
 def path_in(root: Path, folder: Path, name: str | None) -> str:

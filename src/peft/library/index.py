@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from ..base.plain_values import JsonObject, json_value
 from ..checkpoint.files import alone_in, folder_for, sweep, write_text
 from ..checkpoint.paths import check_regular
 from .entry import AdapterEntry, Place, Stamp, Stamps, check_inside, stamps_of
+from .naming import default_name, free_name
 from .scanning import stamp_of
 
 INDEX_NAME = "adapter_library.jsonl"
@@ -71,6 +72,29 @@ class Index:
         """Return a copy that can be changed."""
         return Index(dict(self.entries), dict(self.left_out), set(self.removed), dict(self.lost))
 
+    def put(self, entry: AdapterEntry) -> None:
+        """Add an entry, in place of one of another commit; what the owner wrote of it stays."""
+        commits = [place for place in self.entries if _is_same(place, entry.place)]
+        known = [self.entries.pop(place) for place in commits]
+        name = known[0].name if known else free_name(default_name(entry.place), self.names())
+        tags, scores = (known[0].tags, known[0].scores) if known else ((), {})
+        self.entries[entry.place] = replace(entry, name=name, tags=tags, scores=scores)
+
+    def remove(self, places: Iterable[Place]) -> None:
+        """Remove what is in places; adapters stay away, those whose files are gone do not."""
+        for place in places:
+            was_lost = self.lost.pop(place, None) is not None
+            self.entries.pop(place, None)
+            self.left_out.pop(place.path, None)
+            if not place.repo and not was_lost:
+                self.removed.add(place)
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Forget why there are no adapters in places."""
+        for place in places:
+            self.removed.discard(place)
+            self.left_out.pop(place.path, None)
+
     def lines(self) -> Iterable[JsonObject]:
         """Yield the lines of the file: adapters by name, then the others."""
         yield {"format": _FORMAT, "version": _VERSION}
@@ -82,6 +106,11 @@ class Index:
             yield {"path": path, "left_out": reason, "stamps": [list(s) for s in stamps]}
         for place in sorted(self.removed):
             yield {k: v for k, v in place._asdict().items() if v} | {"removed": True}
+
+
+def _is_same(one: Place, other: Place) -> bool:
+    """Return whether two places are the same but for the commit."""
+    return one._replace(revision="") == other._replace(revision="")
 
 
 class IndexFile:

@@ -264,12 +264,12 @@ class AdapterLibrary:
             entry = adding.on_hub(os.fspath(source), options)
             place = entry.place
             self._catalog.check_new(name, place)
-            self._change(adding.with_entry(entry))
+            self._change(lambda index: index.put(entry))
         else:
             place = Place(adding.path_in(self.folder, folder, name))
             self._catalog.check_new(name, place)
             adding.copy_in(self.folder, folder, place.path)
-            self._change(adding.without_memory(place))
+            self._change(lambda index: index.forget([place]))
             self.refresh()
         index = self._catalog.index
         if place not in index.entries:
@@ -307,12 +307,12 @@ class AdapterLibrary:
                 f"'{far[0]}' is on the Hub; its files belong to the cache of huggingface_hub. "
                 "Remove it without `delete_files`."
             )
-        self._change(adding.without(places))
+        self._change(lambda index: index.remove(places))
         for place in places:
             self._cache.drop(place)
         if delete_files:
             adding.delete(self.folder, places)
-            self._change(adding.without_memory(*places))
+            self._change(lambda index: index.forget(places))
             self.refresh()
 
     def rename(self, name: str, new_name: str) -> None:
