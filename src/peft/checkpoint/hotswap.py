@@ -272,8 +272,9 @@ class _Swap:
         tuner, layers = self.adapter.tuner, self.adapter.layers
         self.config, state = tuner.present_names(config, state)
         self.problems: list[str] = []
+        # The adapter's tensors by key: with the new ones, and those that the checkpoint lacks.
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.silent: dict[str, Tensor] = {}
+        self.zeroed: dict[str, Tensor] = {}
         check_adapter_unmerged(model, adapter_name)
         check_in_place(self.adapter.tensors().values())
         for path, layer in layers.items():
@@ -329,9 +330,9 @@ class _Swap:
             groups.setdefault(key if position is None else position.path, []).append(key)
         for path, keys in groups.items():
             if path in adapter.layers and not any(key in incoming for key in keys):
-                if not self._can_be_silent(path, keys):
+                if not self._can_be_zeroed(path, keys):
                     self.problems.append(f"`{path}`: the checkpoint has nothing for this layer")
-                self.silent.update((key, old[key]) for key in keys if key in old)
+                self.zeroed.update((key, old[key]) for key in keys if key in old)
                 continue
             for key in keys:
                 problem = self._difference(
@@ -351,7 +352,7 @@ class _Swap:
         if not self.pairs and not self.problems:
             self.problems.append("The checkpoint is empty")
 
-    def _can_be_silent(self, path: str, keys: list[str]) -> bool:
+    def _can_be_zeroed(self, path: str, keys: list[str]) -> bool:
         """Return True if a layer's adapter changes nothing when its tensors are zero."""
         layer, name = self.adapter.layers[path], self.adapter.name
         others = [getattr(layer, attribute) for attribute in layer.value_names]
@@ -393,9 +394,9 @@ class _Swap:
         """Replace the tensors. Nothing here can fail."""
         adapter = self.adapter
         sizes = {}
-        targets = {**self.silent, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
+        targets = {**self.zeroed, **{key: tensor for key, (tensor, _) in self.pairs.items()}}
         values = {}
-        for key, tensor in self.silent.items():
+        for key, tensor in self.zeroed.items():
             if (padding := adapter.padding(key)) is not None:
                 sizes[key] = Unpadded(padding, 0)
             values[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -414,10 +415,10 @@ class _Swap:
                 tensor.data, tensor.grad = value.to(tensor.device, tensor.dtype, copy=True), None
         write_state(adapter.model, targets, values, (adapter.name,))
         adapter.correct_sizes()
-        positions = map(adapter.position, self.silent)
-        silent = {position.path for position in positions if position is not None}
+        positions = map(adapter.position, self.zeroed)
+        zeroed = {position.path for position in positions if position is not None}
         for path, fresh in self.build.all_layers():  # also those whose tensors another layer has
-            if path not in silent:
+            if path not in zeroed:
                 self._adopt_values(adapter.layers[path], fresh)
         for layer in adapter.layers.values():
             layer.unpadded_sizes.pop(adapter.name, None)
