@@ -159,7 +159,7 @@ def check(
         for path, module in adapted.items():
             if innermost(module) is target.module:
                 raise PeftValueError(_wrapped_twice(target))
-            if path.startswith(f"{target.path}.") or target.path.startswith(f"{path}."):
+            if _targets.is_inside(path, target.path) or _targets.is_inside(target.path, path):
                 raise PeftValueError(
                     f"`{target.key}`: `{path}` is adapted too, and one lies inside the other; "
                     "leave out one of them."
@@ -317,7 +317,7 @@ def with_parts(
     found: list[ParameterTarget] = []
     for path, module in list(targets.items()):
         if is_packed(module):
-            for inner in [p for p in targets if p == path or p.startswith(f"{path}.")]:
+            for inner in [p for p in targets if _targets.is_inside(p, path)]:
                 del targets[inner]
             found += _parts(path, innermost(module), places[path])
     taken = {(id(target.module), target.name) for target in found}

@@ -154,7 +154,7 @@ def make(
     candidates = {
         p: m
         for p, m in modules.items()
-        if not any(_below(p, whole) for whole in plan.trainable_copies)
+        if not any(_targets.is_inside(p, whole) for whole in plan.trainable_copies)
     }
     if config.target_parameters:
         plan.parameters = parameter_targets.find(config, tuner.model, candidates, is_new)
@@ -241,10 +241,6 @@ def _pattern_fields(config: PeftConfig) -> dict[str, dict[str, object]]:
     return {name: v for name in names if isinstance(v := getattr(config, name), dict)}
 
 
-def _below(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(f"{outer}.")
-
-
 def _trainable_copies(
     config: TargetedConfig, modules: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
@@ -256,7 +252,7 @@ def _trainable_copies(
     outermost = {
         p: m
         for p, m in found.items()
-        if not any(p != other and _below(p, other) for other in found)
+        if not any(p != other and _targets.is_inside(p, other) for other in found)
     }
     if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
         named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())

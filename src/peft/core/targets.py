@@ -35,6 +35,11 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
+def is_inside(path: str, outer: str) -> bool:
+    """Return whether a module is the one at the path `outer`, or inside it."""
+    return path == outer or path.startswith(f"{outer}.")
+
+
 def starts(path: str) -> list[int]:
     """Return the positions at which a path, and its ends after a dot, begin."""
     return [0, *(i + 1 for i, sign in enumerate(path) if sign == ".")]
