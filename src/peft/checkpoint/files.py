@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write a config without weights, and delete those that interrupted saves left."""
+    """Write a config without weights, and delete configs that interrupted saves left."""
     with folder_for(folder), alone_in(folder) as is_alone:
         write_text(folder / CONFIG_NAME, text)
         sweep(folder, ".adapter_config.*.json", is_alone)
@@ -366,7 +366,7 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def _tolerant(numbers: tuple[int, ...], call: Callable[[int], object], argument: int) -> None:
-    """Make a call that a file system may lack, as one of these errors tells."""
+    """Make a call, and pass over errors of these numbers: a file system that can't do it."""
     try:
         call(argument)
     except OSError as error:
@@ -395,7 +395,7 @@ def _delete(place: Path) -> None:
 
 
 def sweep(folder: Path, pattern: str, is_alone: bool = True) -> None:
-    """Delete what interrupted saves left in a folder; without its lock, what is a day old."""
+    """Delete the files of interrupted saves in a folder; without its lock, only those a day old."""
     for leftover in folder.glob(pattern):
         if not is_alone and time.time() - leftover.lstat().st_mtime < _DAY:
             continue

@@ -90,8 +90,8 @@ class CheckpointFormat(Generic[C]):
         """Change the settings of a config that adapters of stacks do not have, with a warning."""
 
     def module_shape(self, shapes: Shapes) -> ModuleShape | None:
-        """Return the size of a module from the shapes of an adapter's tensors for it, those that
-        all modules share among them; None if they don't tell.
+        """Return the size of a module from the shapes of an adapter's tensors for it, and of those
+        that all modules share; None if they don't tell.
         """
         return None
 

@@ -167,8 +167,8 @@ def is_embedding(name: str) -> bool:
 
 
 def tied_embeddings(model: nn.Module, tensors: Iterable[object]) -> Iterator[tuple[str, Tensor]]:
-    """Yield those of `tensors` that are embeddings or heads, under all their names in the model: a
-    head can share the table's weight, and other writers save it under both names.
+    """Yield the embeddings and heads among `tensors`, under all their names in the model. A head
+    can share the embedding's weight, and other writers save it under both names.
     """
     known = {*map(id, tensors)}
     for path, module in walk(model, repeated=True):

@@ -72,7 +72,7 @@ def load_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def _problem(tensor: Tensor, size: int, is_meta: bool) -> str | None:
-    """Return what is wrong with a tensor of a file of some size, None if nothing is."""
+    """Return the fault of a tensor in a file of some size, None if it has none."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return "is not a dense tensor"
     if tensor.is_quantized or (tensor.is_meta and not is_meta):

@@ -62,8 +62,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError
 
     def plain(self, adapter_names: Collection[str]) -> nn.Module:
-        """Return the module to put in place of this wrapper: with the parameters of one of some
-        adapters, or the original module if none of them has any.
+        """Return the module to put in place of this wrapper: with an adapter's parameters if one of
+        these adapters has any, else the original module.
         """
         raise NotImplementedError
 

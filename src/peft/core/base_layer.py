@@ -57,8 +57,9 @@ def embedding_geometry(module: nn.Module) -> Geometry | None:
 
 
 def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:
-    """Return the right value of a config's `fan_in_fan_out`: True if layers to adapt store their
-    weight `[in, out]`. Warn if the config differs. Embeddings do not count: all store it one way.
+    """Return the `fan_in_fan_out` that layers need: True if they store their weight `[in, out]`.
+
+    Warn if the config has another value. Embeddings do not count: all store it one way.
     """
     stored = {size.transposed for size in map(geometry, modules) if size is not None}
     if True in stored and not fan_in_fan_out:

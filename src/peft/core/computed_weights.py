@@ -151,7 +151,7 @@ def _parametrizations(module: nn.Module) -> nn.ModuleDict:
 
 
 def _hook(module: nn.Module) -> _Hook | None:
-    """Return the last hook by which torch's older functions compute the weight."""
+    """Return the last hook of `weight_norm`, `spectral_norm` or `prune` on the weight."""
     found = None
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))

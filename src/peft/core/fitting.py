@@ -169,8 +169,8 @@ def descend(
     penalty: Callable[[], Tensor] | None = None,
     bound: float | None = None,
 ) -> list[float]:
-    """Take steps with Adam, and leave the parameters at the least loss; with several batches at the
-    last, since losses of different batches do not compare.
+    """Take steps with Adam, and leave the parameters at the least loss. With several batches leave
+    them at the last, since losses of different batches do not compare.
 
     Args:
         loss: The loss.

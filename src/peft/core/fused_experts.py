@@ -65,8 +65,8 @@ def _is_worth_it(held: dict[str, list[AdaptingLayer]], is_mixed: bool) -> bool:
 def _expert_call(
     module: nn.Module, names: tuple[str, ...], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return hidden states, chosen experts and weights of a call of transformers' experts; None for
-    functions that are more than products.
+    """Return hidden states, chosen experts and weights of a call of transformers' experts; None
+    where hooks or another implementation do more than the products.
     """
     own: _Experts = module
     if (

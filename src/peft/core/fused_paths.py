@@ -12,8 +12,9 @@ from .base_layer import geometry, innermost
 
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
-    """Return the reason why `parent.name` can't have an adapter, None if it can: a delta would lose
-    the imaginary part of complex numbers, or code of torch or of kernels reads the weight.
+    """Return the reason why `parent.name` can't have an adapter, None if it can: its weights are
+    complex numbers, and a delta would lose their imaginary part; or code of torch or of kernels
+    reads them.
     """
     layer = innermost(parent.get_submodule(name))
     dtype = next(
@@ -40,8 +41,8 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
 
 
 def lost_reason(parent: nn.Module, name: str) -> str | None:
-    """Return the reason why an adapter of the output of `parent.name` would not act, or not always,
-    None if it acts: the parent computes with the layer's weight.
+    """Return the reason why an adapter of the output of `parent.name` would be lost, at least in
+    some calls: the parent computes with the layer's weight. None if the adapter acts.
 
     A linear layer that is called too is adapted, since one of the two branches is for special
     hardware. A convolution is called once, and read in each step of decoding after that.

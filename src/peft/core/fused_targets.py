@@ -77,7 +77,7 @@ def with_stacks(
 
 
 def config_with_stacks(config: C, model: nn.Module) -> C:
-    """Return a config whose targets name former modules, with the stacks that these are in now. It
+    """Return a config with the stacks of experts in place of targets that name former modules. It
     is the config itself if its targets are modules of the model.
     """
     tuner, targets = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type), config.target_modules
@@ -177,8 +177,8 @@ def _short(wanted: Sequence[str], every: Sequence[str]) -> list[str]:
 def _patterns(
     patterns: Mapping[str, T], own: Mapping[str, T], gone: Sequence[str], kept: Sequence[str]
 ) -> dict[str, T]:
-    """Return a config's patterns with values of parameters, by the ends of their paths where these
-    agree, and without keys that are for modules that are `gone`.
+    """Return a config's patterns, and values of parameters by the ends of their paths where these
+    agree. Keys that match modules that are `gone`, and none that is kept, are left out.
     """
     result = {
         key: value

@@ -231,8 +231,8 @@ class BaseTunerLayer(nn.Module):
     def apply_to_tokens(
         self, adapter_name: str, nested: Tensor, x: Tensor, result: Tensor
     ) -> Tensor:
-        """Apply an adapter to the tokens of a nested input, `x [tokens, …, in]`, and output. A
-        method that treats samples differently overrides this.
+        """Apply an adapter to the tokens of a nested input: to `x [tokens, …, in]` and the output.
+        A method that treats samples differently overrides this.
         """
         return self.apply_adapter(adapter_name, x, result)
 

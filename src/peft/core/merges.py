@@ -155,8 +155,8 @@ class Merges:
         return gone
 
     def suspend(self, layer: MergeableLayer) -> None:
-        """Unmerge all adapters of a layer until they are resumed. Of two merges of an adapter that
-        was merged again meanwhile, the second counts.
+        """Unmerge all adapters of a layer until they are resumed. An adapter that was suspended
+        before, and merged again since, is resumed as it was merged last.
         """
         taken = self.remove(layer.holder, layer.merged_adapters, layer)
         self.drop_suspended(layer, *(merge.name for merge in taken))

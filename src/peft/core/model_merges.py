@@ -103,8 +103,9 @@ def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
 
 
 def _warn_of_arguments(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTunerLayer]) -> None:
-    """Warn of layers to merge into whose `forward` takes more than the input: what it does with
-    that acts on a merged delta too, and not on one that is added to its output.
+    """Warn of layers to merge into whose `forward` takes more than the input. What it does with the
+    other arguments acts on a merged delta as on the weight, and not on a delta that is added to its
+    output.
     """
     odd: dict[str, str] = {}
     for path, layer in named.items():
@@ -152,8 +153,8 @@ def check_shared(
 
 @contextmanager
 def apart(model: nn.Module, layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Return a context for a permanent merge: merged layers whose weight the model uses elsewhere
-    too get a copy of it. An error undoes this.
+    """Context for a permanent merge: merged layers whose weight the model uses elsewhere get a copy
+    of it. An error undoes this.
     """
     owners = tied_weights.owners(model)
     shared = [
@@ -211,8 +212,8 @@ def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
 
 
 def prepare_to_enable(layers: Iterable[BaseTunerLayer], enabled: bool) -> None:
-    """Before adapters are disabled, check that merged ones can be unmerged; before they are
-    enabled, merge all of those again if some layer would not compute one.
+    """Check, before adapters are disabled, that merged ones can be unmerged. Before they are
+    enabled, merge all of those again if some layer's forward would lack one.
 
     Raises:
         PeftRuntimeError: A loaded state dict had a merged weight.

@@ -75,7 +75,7 @@ def _reader(kind: type) -> Callable[..., Tensor] | None:
 
 
 def _run_experts(call: MethodCall) -> object:
-    """Run a container of experts, with the tokens of each expert known meanwhile."""
+    """Run a container of experts, and keep the tokens of each expert for the layers in it."""
     kind: type = type(call.module)
     reader = _reader(kind)
     assert reader is not None

@@ -430,8 +430,8 @@ def _check_parameters(tuner: TargetRules[C], plan: Plan[C]) -> None:
 
 
 def _check_modules(tuner: TargetRules[C], plan: Plan[C], is_new: bool) -> None:
-    """Check that every targeted module can be adapted as configured; errors name all. Warn of saved
-    adapters without effect, which other programs make.
+    """Check that every targeted module can be adapted as configured; errors name all offenders. Of
+    saved adapters, which other programs may have made, those that would be lost get a warning.
     """
     unsupported, misfits = [], []
     for path, module in plan.targets.items():

@@ -143,7 +143,7 @@ def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
 def _saved(
     names: list[str] | None, paths: Collection[str], renamed: Mapping[str, str]
 ) -> list[str] | None:
-    """Return names of modules, with present paths for those that match none."""
+    """Return names of modules, those that match no module replaced by present paths."""
     if names is None or is_empty(names):
         return names
     result: dict[str, None] = {}

@@ -222,7 +222,7 @@ def _config(parent: nn.Module, model: nn.Module) -> Any:
 def _changed_settings(
     parent: nn.Module, model: nn.Module, layers: nn.ModuleList, order: list[int]
 ) -> dict[str, object]:
-    """Set what a config says about the layers, and return the values until now."""
+    """Set the values of a config that depend on the number of layers; return the former ones."""
     config = _config(parent, model)
     if getattr(config, "num_hidden_layers", None) != len(layers):
         return {}

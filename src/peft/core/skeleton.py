@@ -50,7 +50,9 @@ class Skeleton(nn.Module):
         self.base_class = base_class
 
     def put(self, path: str, module: nn.Module) -> None:
-        """Put a module at a path, below modules without parameters; it takes over what is there."""
+        """Put a module at a path, below parents that are made if missing; it takes over the
+        children of a module that is there.
+        """
         parent: nn.Module = self
         *above, name = path.split(".")
         for part in above:
@@ -116,7 +118,7 @@ def adapted_paths(state: Iterable[str]) -> set[str]:
 
 def exact_targets(root: nn.Module, chosen: Collection[str]) -> JsonObject:
     """Return `target_modules` and `exclude_modules` of a config that match the `chosen` of a
-    model's modules and no other, in the real model if this one stands in for it.
+    model's modules and no other; those of the real model if this one stands in for it.
     """
     if not isinstance(root, Skeleton):
         names, excluded = _targets.exactly(chosen, own_modules(root))

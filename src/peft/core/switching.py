@@ -23,7 +23,9 @@ Shared = Collection[AdapterParameterDict]
 
 
 def to_change(model: nn.Module, parts: Iterable[Part]) -> list[Part]:
-    """Return parts of a model once their parameters are those that training uses from now on."""
+    """Return parts of a model, after FSDP2 has taken back copies of their parameters, in which a
+    change would be lost.
+    """
     take_back(model)
     return list(parts)
 
@@ -57,7 +59,7 @@ def is_merged(parts: Sequence[Part]) -> bool:
 
 
 def delete(parts: Sequence[Part], shared: Shared, adapter_name: str) -> None:
-    """Remove an adapter's entries, those that layers share last."""
+    """Remove an adapter's entries from parts, and then from the containers that layers share."""
     for part in parts:
         part.delete_adapter(adapter_name)
     for container in shared:

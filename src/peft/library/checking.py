@@ -50,7 +50,7 @@ def check(
 
 
 def _others(root: Path, index: Index, follow_links: bool) -> Iterator[Problem]:
-    """Yield what is in the folder and not among the adapters, and what was and is gone."""
+    """Yield adapters whose files are gone, and what the folder has that is not in the index."""
     for entry in index.lost.values():
         detail = (
             f"Its files in '{entry.place}' are gone; its tags and scores are kept until `remove`."

@@ -31,7 +31,7 @@ class Facts(NamedTuple):
 
 
 def facts_of(config: PeftConfig, nbytes: int, source: object) -> Facts:
-    """Return what the index holds of a config.
+    """Return the properties in a config that the index lists.
 
     Raises:
         CheckpointError: Weights of so many bytes can't have the sizes in it.

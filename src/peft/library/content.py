@@ -76,7 +76,7 @@ class Content:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory, without what is shared."""
+        """Size in memory, without shared tensors."""
         return sys.getsizeof(self.data) + len(self.config_text)
 
     def config(self) -> PeftConfig:

@@ -73,7 +73,7 @@ class Index:
         return Index(dict(self.entries), dict(self.left_out), set(self.removed), dict(self.lost))
 
     def put(self, entry: AdapterEntry) -> None:
-        """Add an entry, in place of one of another commit; what the owner wrote of it stays."""
+        """Add an entry, in place of one of another commit, whose name, tags and scores it gets."""
         commits = [place for place in self.entries if _is_same(place, entry.place)]
         known = [self.entries.pop(place) for place in commits]
         name = known[0].name if known else free_name(default_name(entry.place), self.names())
@@ -81,7 +81,9 @@ class Index:
         self.entries[entry.place] = replace(entry, name=name, tags=tags, scores=scores)
 
     def remove(self, places: Iterable[Place]) -> None:
-        """Remove what is in places; adapters stay away, those whose files are gone do not."""
+        """Remove what is in places. Adapters stay away until they are added again; those whose
+        files are gone are forgotten.
+        """
         for place in places:
             was_lost = self.lost.pop(place, None) is not None
             self.entries.pop(place, None)

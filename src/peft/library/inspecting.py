@@ -41,7 +41,8 @@ def check_keys(layout_keys: list[str], method: str) -> None:
 
 
 def inspect_folder(folder: Path, files: Files, known: AdapterEntry | None = None) -> AdapterEntry:
-    """Read what an adapter in a folder is; no tensor is read, but bytes for a new digest.
+    """Return the entry of an adapter in a folder, from its config and the header of its weights;
+    the tensors are read for a new digest only.
 
     Args:
         folder: The folder.

@@ -425,7 +425,7 @@ def _header(by_kind: Mapping[Kind, list[str]]) -> bytes:
 def _write_rows(
     path: Path, header: bytes, by_kind: Mapping[Kind, list[str]], sources: Mapping[str, Source]
 ) -> None:
-    """Write a pack's file; raise if an adapter is no longer what the header says."""
+    """Write a pack's file; raise if an adapter changed since the header was made."""
     digests = []
     members = [(kind, name) for kind, names in by_kind.items() for name in names]
     with open(path, "wb") as file:

@@ -88,8 +88,8 @@ def _add(model: PeftModel, contents: Mapping[str, Content], autocast_adapter_dty
 
 
 def _is_mixed(own: Collection[PeftType], later: Collection[str]) -> bool:
-    """Return whether a model mixes methods: if its adapters have several, or if they can share it
-    with those that may come.
+    """Return whether a model is to mix methods: its adapters have several, or it can be shared with
+    those of other methods that may come later.
     """
     can_mix = PEFT_TYPE_TO_MIXED_MODEL_MAPPING.keys()
     others = {PeftType(method) for method in later} & can_mix - set(own)

@@ -20,7 +20,8 @@ from .scanning import Files, Scan, scan
 
 
 class LibraryChanges(NamedTuple):
-    """Changes of a refresh by name; of what is left out, by path. It is true if there is any.
+    """Changes of a refresh: names of adapters, and paths of what is left out. It is true if there
+    is any.
 
     Args:
         added: New adapters.

@@ -139,7 +139,7 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_below(path: str, real_folder: str) -> bool:
-    """Return whether what a path leads to is a folder, or lies below it."""
+    """Return whether a path, its links followed, is a folder or lies below it."""
     return os.path.join(os.path.realpath(path), "").startswith(os.path.join(real_folder, ""))
 
 
