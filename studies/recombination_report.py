@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .runs import Record
 from .statistics import (
@@ -28,8 +29,19 @@ NAMES = {
     "input": "routing by input",
 }
 SHOTS = (0, 4, 16, 64)
-UNTRAINED = {"row": "mean row", "further": "as it is", "weights": "mean"}
-"""Ways to begin with, without a text; further texts start from them."""
+WAYS = {
+    "further": ("all of it trained further", "o"),
+    "row": ("a row fitted", "o"),
+    "new": ("a new LoRA trained", "o"),
+    "weights": ("a weight for each LoRA fitted", "s"),
+    "clusters": ("a weight for each cluster fitted", "^"),
+}
+"""Ways to adapt to a new cell: words and marker of the figure."""
+
+COLORS = {
+    "shared": "black", "own": "tab:green", "poly": "tab:red", "heads": "tab:orange",
+    "input": "tab:blue",
+}  # fmt: skip
 
 New = dict[tuple[str, str, int], dict[tuple[str, int], float]]
 """Accuracies on new cells by arm, way and number of texts; each by cell and seed."""
@@ -46,9 +58,9 @@ def report(records: list[Record], folder: Path) -> str:
     parts = [
         _trained(final),
         _held_out("texts drawn at random", new, [*final, *few]),
-        _claims(final, new),
+        "## The protocol's claims\n\n" + claims_table(_claims(final, new)),
         _held_out("texts drawn evenly over the labels", evenly, final),
-        "## The claims with these\n\n" + claims_table(_compared(final, evenly)),
+        "## The claims with these\n\n" + claims_table(_claims(final, evenly)),
         _chosen(records),
     ]
     return "\n\n".join(["# Study 1: results", *parts]) + "\n"
@@ -71,6 +83,18 @@ def new_cells(final: list[Record]) -> New:
         for row in record["new"]:
             key = record["arm"], row["way"], row["shots"]
             found.setdefault(key, {})[row["cell"], record["seed"]] = row["accuracy"]
+    return found
+
+
+def scores(records: list[Record]) -> dict[str, Scores]:
+    """Return all test accuracies: of trained cells by arm, of new cells by arm, way and texts."""
+    final = [record for record in records if record["stage"] == "final"]
+    few = [record for record in records if record["stage"] == "few"]
+    found = {f"{name}, trained cells": trained_cells(final, arm) for arm, name in NAMES.items()}
+    for (arm, way, shots), own in new_cells(final).items():
+        found[f"{NAMES[arm]}, {way}, {shots} texts{' evenly' if shots else ''}"] = own
+    for (arm, way, shots), own in new_cells(few).items():
+        found[f"{NAMES[arm]}, {way}, {shots} texts at random"] = own
     return found
 
 
@@ -124,11 +148,7 @@ def _held_out(title: str, new: New, final: list[Record]) -> str:
     return head + "\n".join(lines)
 
 
-def _claims(final: list[Record], new: New) -> str:
-    return "## The protocol's claims\n\n" + claims_table(_compared(final, new))
-
-
-def _compared(final: list[Record], new: New) -> list[Claim]:
+def _claims(final: list[Record], new: New) -> list[Claim]:
     def few(arm: str, way: str, shots: int = 16) -> Scores:
         return new.get((arm, way, shots), {})
 
@@ -165,10 +185,10 @@ def _chosen(records: list[Record]) -> str:
     for arm, name in NAMES.items():
         own = [record for record in records if record["arm"] == arm and record["options"]]
         for stage, search, how in (("final", "rates", "evenly"), ("few", "ways", "at random")):
-            last = next((r["options"] for r in own if r["stage"] == stage), None)
+            options = next((r["options"] for r in own if r["stage"] == stage), None)
             tried = [record for record in own if record["stage"] == search]
-            if last is not None:
-                lines.append(f"- {name}, {how}: {_rates(last, tried, search == 'rates')}")
+            if options is not None:
+                lines.append(f"- {name}, {how}: {_rates(options, tried, search == 'rates')}")
     head = "## Rates that were chosen\n\n`*`: the smallest or largest that was tried.\n\n"
     return head + "\n".join(lines)
 
@@ -190,24 +210,50 @@ def _draw(new: New, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    frozen = new["head", "as it is", 0]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    ways = dict.fromkeys((arm, way) for arm, way, _ in new if arm != "head")
-    drawn = [key for key in ways if key not in [(arm, UNTRAINED.get(way)) for arm, way in ways]]
-    for i, (arm, way) in enumerate(drawn):
-        found = [new.get((arm, way, n)) for n in SHOTS]
-        found[0] = found[0] or new.get((arm, UNTRAINED.get(way, ""), 0))
-        draw_gains(
-            axes, [n + 0.03 * (i - len(drawn) / 2) for n, own in enumerate(found) if own],
-            [paired(own, frozen) for own in found if own], marker="os^vD*"[i % 6],
-            label=f"{NAMES[arm]}: {way}",
-        )  # fmt: skip
-    axes.axhline(0, color="black", linestyle=":", label="frozen model")
-    axes.set_xticks(range(len(SHOTS)), [str(n) for n in SHOTS])
-    axes.set_xlabel("labeled texts of the new cell")
-    axes.set_ylabel(
-        "accuracy on held-out cells,\npoints above the frozen model, with 95 % intervals"
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 6), sharey=True, width_ratios=(2, 3), layout="constrained"
     )
-    axes.legend(fontsize=7)
+    frozen = new["head", "as it is", 0]
+    cells, seeds = ({key[i] for key in frozen} for i in (0, 1))
+    figure.suptitle(
+        f"{len(cells)} pairs of domain and language (cells) that nobody trained\n"
+        f"mean of {len(seeds)} seeds; bars: 95 % bootstrap intervals over pairs and seeds",
+        fontsize=11,
+    )
+    _draw_untrained(left, new, frozen)
+    _draw_few(right, new, frozen)
+    left.set_ylabel(
+        f"accuracy, points above the frozen model's {100 * interval(frozen).mean:.1f} %"
+    )
+    for axes in (left, right):
+        axes.axhline(0, color="black", linestyle=":")
+        axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw_untrained(axes: Any, new: New, frozen: Scores) -> None:
+    shown = [(arm, way) for arm, way, shots in new if not shots and arm != "head"]
+    for place, (arm, way) in enumerate(shown):
+        gain = paired(new[arm, way, 0], frozen)
+        draw_gains(axes, [place], [gain], marker="o", color=COLORS[arm])
+    names = [f"{NAMES[arm]}:\n{way}" for arm, way in shown]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axes.set_title("without a text of the pair", fontsize=10)
+
+
+def _draw_few(axes: Any, new: New, frozen: Scores) -> None:
+    shown = list(dict.fromkeys((arm, way) for arm, way, shots in new if shots))
+    for i, (arm, way) in enumerate(shown):
+        gains = {n: paired(new[arm, way, shots], frozen) for n, shots in enumerate(SHOTS[1:])
+                 if (arm, way, shots) in new}  # fmt: skip
+        words, marker = WAYS[way]
+        draw_gains(
+            axes, [n + 0.08 * (i - (len(shown) - 1) / 2) for n in gains], list(gains.values()),
+            marker=marker, color=COLORS[arm], label=f"{NAMES[arm]}: {words}",
+            linestyle="-" if marker == "o" else "--",
+        )  # fmt: skip
+    axes.set_xticks(range(len(SHOTS) - 1), [str(shots) for shots in SHOTS[1:]])
+    axes.set_xlabel("labeled texts of the pair, drawn at random")
+    axes.set_title("from a few texts of the pair", fontsize=10)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

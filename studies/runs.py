@@ -9,16 +9,17 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any, Protocol
+
+from .statistics import Scores
 
 RESULTS = Path(__file__).parent / "results"
 MEASURING = ("final", "few")
-"""Stages that measure; those before choose tasks and rates."""
+"""Stages whose runs are tested; those before choose tasks and rates."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Run:
     """One training and what is measured on it.
 
     Args:
-        stage: "rates", where rates are chosen on validation texts, or "final".
+        stage: "selection" of tasks, "rates" or "ways", where rates are chosen on validation texts,
+            or one of `MEASURING`.
         arm: The arm's name.
         seed: Of initial values, order of texts, and choice of few examples.
         options: Everything else that it depends on.
@@ -57,12 +59,20 @@ class Study(Protocol):
 
     name: str
 
+    def arms(self) -> list[str]:
+        """Return the names of the arms."""
+        ...
+
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
         """Return the runs known so far; those of a stage may follow from records of another."""
         ...
 
     def measure(self, run: Run, quick: bool) -> Record:
         """Do a run and return what it measures."""
+        ...
+
+    def scores(self, records: list[Record]) -> dict[str, Scores]:
+        """Return the test accuracies by arm, and by way to adapt where there are several."""
         ...
 
     def report(self, records: list[Record], folder: Path) -> str:
@@ -85,26 +95,17 @@ def copy_choices(source: Path, target: Path) -> None:
         target.write_text("".join(f"{line}\n" for line in lines))
 
 
-def repeated(records: list[Record], before: list[Record]) -> str:
-    """Return each arm's mean accuracy in the runs that both have, in per cent."""
-    first = {record["key"]: record for record in before}
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        if record["stage"] == "final" and record["key"] in first:
-            own = pairs.setdefault(record["arm"], [])
-            own.append((record["test"], first[record["key"]]["test"]))
-    lines = [
-        f"{arm}: {100 * mean(again for again, _ in own):.1f} %, "
-        f"before {100 * mean(earlier for _, earlier in own):.1f} % ({len(own)} runs)"
-        for arm, own in pairs.items()
-    ]
-    return "\n".join(lines)
-
-
 def go_on(
-    study: Study, path: Path, seeds: Iterable[int], workers: int, minutes: float, quick: bool
+    study: Study,
+    path: Path,
+    seeds: Iterable[int],
+    workers: int,
+    minutes: float,
+    quick: bool,
+    arms: Collection[str] = (),
 ) -> bool:
-    """Do the runs that are missing, for so many minutes. Return whether none is left.
+    """Do the runs that are missing, for so many minutes; of `arms` alone, if any is named. Return
+    whether none is left.
 
     A run that is under way when the time is over is finished.
     """
@@ -114,7 +115,11 @@ def go_on(
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         under_way: dict[Future[Record], Run] = {}
         while True:
-            todo = _missing(study, read(path), seeds, quick, under_way.values())
+            todo = [
+                run
+                for run in _missing(study, read(path), seeds, quick, under_way.values())
+                if not arms or run.arm in arms or run.stage not in MEASURING
+            ]
             while todo and len(under_way) < workers and time.monotonic() < end:
                 run = todo.pop(0)
                 under_way[pool.submit(_measured, study, run, quick)] = run
@@ -126,7 +131,8 @@ def go_on(
                 with path.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{record['stage']} {record['arm']} seed {record['seed']} "
-                      f"{record['options']}: {record['seconds']:.0f} s", flush=True)  # fmt: skip
+                      f"{record['options']}: {record['seconds']:.0f} s, "
+                      f"{len(todo) + len(under_way)} runs to go", flush=True)  # fmt: skip
 
 
 def _missing(
@@ -155,7 +161,7 @@ def best(records: Iterable[Record], score: Callable[[Record], float]) -> Record:
     return max(sorted(records, key=lambda record: record["key"]), key=score)
 
 
-def search(scores: Sequence[float | None]) -> list[int]:
+def rates_to_try(scores: Sequence[float | None]) -> list[int]:
     """Return the numbers of the rates to try, given the score of each, None where there is none.
 
     All but the first and last are tried; then the first or last, where its neighbor was the best.

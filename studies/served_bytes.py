@@ -31,17 +31,26 @@ from peft import (
 from . import short_sets
 from .encoder import States, Upper, name_head, states, upper_layers
 from .package_data import cache
-from .runs import Record, Run, search
+from .runs import Record, Run, rates_to_try
 from .size_arms import EVERY, arms, own_bank, source_poly
+from .statistics import Scores
 from .texts import joint_digest
 from .training import accuracy, mixed_batches, optimize
 
 UPPER = 2
+"""Layers that are adapted, the last ones."""
+
 STEPS, ROWS = 100, 16
 SOURCE_STEPS = 400
+"""Steps of training on a task, texts of a step, and steps of training the shared parts."""
+
 TESTED = 12
-FULL = "full training of the layers"
+"""Tasks that are tested, of all candidates."""
+
 BANK = 256
+"""Vectors of a shared bank."""
+
+FULL = "full training of the layers"
 
 Trained = tuple[nn.Module, dict[str, Any], dict[str, Tensor]]
 """A model as it is served, its further arguments, and the tensors that are stored for its task."""
@@ -51,6 +60,10 @@ class ServedBytes:
     """The study's runs, measures and report."""
 
     name = "served_bytes"
+
+    def arms(self) -> list[str]:
+        """Return the names of the arms."""
+        return list(arms())
 
     def runs(self, records: list[Record], seeds: Iterable[int], quick: bool) -> list[Run]:
         """Return the runs that select the tasks; then those of the search on tuning tasks, arm by
@@ -62,7 +75,7 @@ class ServedBytes:
             return found
         for name, arm in arms().items():
             scores = _scores(records, name)
-            wanted = search(scores) if arm.rates else []
+            wanted = rates_to_try(scores) if arm.rates else []
             found += [
                 Run("rates", name, 100, {"task": task, "rate": number})
                 for number in wanted
@@ -81,6 +94,13 @@ class ServedBytes:
     def measure(self, run: Run, quick: bool) -> Record:
         """Train an arm on a task, store it, and test what was stored."""
         return Measurement(run, quick).record()
+
+    def scores(self, records: list[Record]) -> dict[str, Scores]:
+        """Return the test accuracies by arm."""
+        from .served_bytes_report import scores_of
+
+        final = [record for record in records if record["stage"] == "final"]
+        return {name: scores_of(final, name) for name in arms()}
 
     def report(self, records: list[Record], folder: Path) -> str:
         """Return the tables, and draw the figure."""

@@ -13,13 +13,13 @@ from .statistics import (
     at_edge,
     better,
     claims_table,
+    complete_seeds,
     draw_gains,
     interval,
     mean,
     not_worse,
     paired,
     sign,
-    whole,
     within,
 )
 
@@ -29,6 +29,19 @@ SHARED = {
     "VB-LoRA, shared trained bank": "bank of 256 vectors",
     "VB-LoRA, shared random bank": "bank of 256 vectors (or its seed)",
 }
+
+COLORS = {
+    "LoRA": "black",
+    "LoKr, low rank": "tab:red",
+    "LoKr, full matrix": "tab:orange",
+    "LoHa": "tab:brown",
+    "VB-LoRA, own bank": "tab:green",
+    "VB-LoRA, shared trained bank": "tab:blue",
+    "VB-LoRA, shared random bank": "tab:cyan",
+    "row of a shared Poly adapter": "tab:purple",
+    "weights of shared LoRA adapters": "tab:pink",
+}
+"""Colors of the families of adapters; what is no adapter is gray."""
 
 FROZEN = "frozen model"
 
@@ -50,7 +63,9 @@ EQUAL_BYTES = (
 def report(records: list[Record], folder: Path) -> str:
     """Return the tables of both studies, and draw the figure."""
     final = [record for record in records if record["stage"] == "final"]
-    found = {name: scores_of(final, name) for name in arms() if scores_of(final, name)}
+    tasks = {record["options"]["task"] for record in final}
+    found = {name: complete_seeds(scores_of(final, name), tasks) for name in arms()}
+    found = {name: scores for name, scores in found.items() if scores}
     size = {name: _mean(final, name, "file_bytes") for name in found}
     if FROZEN in found:
         _draw(found, size, folder / "accuracy_against_bytes.png")
@@ -65,13 +80,12 @@ def report(records: list[Record], folder: Path) -> str:
 
 
 def scores_of(final: list[Record], name: str) -> Scores:
-    """Return an arm's test accuracies by task and seed, of the seeds with all tasks."""
-    found = {
+    """Return an arm's test accuracies by task and seed."""
+    return {
         (record["options"]["task"], record["seed"]): record["test"]
         for record in final
         if record["arm"] == name
     }
-    return whole(found, {record["options"]["task"] for record in final})
 
 
 def unbeaten(found: dict[str, Scores], size: dict[str, float]) -> set[str]:
@@ -185,24 +199,35 @@ def _draw(found: dict[str, Scores], size: dict[str, float], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     frozen = found[FROZEN]
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    tasks, seeds = ({key[i] for key in frozen} for i in (0, 1))
+    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
     families: dict[str, list[str]] = {}
     for name in sorted(found.keys() - {FROZEN}, key=lambda name: (size[name], name)):
         families.setdefault(arms()[name].family, []).append(name)
     for i, (family, names) in enumerate(families.items()):
         draw_gains(
             axes, [size[name] for name in names], [paired(found[name], frozen) for name in names],
-            marker="os^vD*"[i % 6], label=family, color=plt.get_cmap("tab20")(2 * i % 20 + i // 10),
+            marker="os^vD*Ph"[i % 8], color=COLORS.get(family, "gray"),
+            label=f"{family} (1)" if family in SHARED else family,
         )  # fmt: skip
     line = [name for name in front(found, size) if size[name] > 0]
     axes.step(
         [size[name] for name in line], [100 * paired(found[name], frozen).mean for name in line],
         where="post", color="lightgray", linewidth=4, zorder=0, label="Pareto front of the means",
     )  # fmt: skip
-    axes.axhline(0, color="black", linestyle=":")
+    axes.axhline(0, color="black", linestyle=":", label="frozen model")
     axes.set_xscale("log")
-    axes.set_xlabel("bytes of a user's file as it is served")
-    axes.set_ylabel("accuracy, points above the frozen model, with 95 % intervals")
-    axes.legend(fontsize=7, ncols=2)
+    axes.set_title(
+        f"{len(tasks)} tasks, mean of {len(seeds)} seeds\n"
+        "bars: 95 % bootstrap intervals over tasks and seeds",
+        fontsize=11,
+    )
+    axes.set_xlabel(
+        "bytes of a user's file: numbers in half precision, and the header\n"
+        "(1) what all users share is not counted"
+    )
+    axes.set_ylabel(f"accuracy, points above the frozen model's {100 * mean(frozen):.1f} %")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=120)
     plt.close(figure)

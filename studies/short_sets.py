@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import multiemo
 from .package_data import TEXTS
-from .texts import PARTS, Task, drawn, folded, part_of, read_examples
+from .texts import PARTS, Task, draw, folded, part_of, read_examples
 
 SIZES = {"train": 400, "validation": 100, "test": 300}
 
@@ -73,7 +73,7 @@ def set_task(name: str, longest: int = 160) -> Task:
         part = multiemo.block_part(domain, number) if is_grid else part_of(f"{name} {group}")
         if part is not None:
             numbers[part].append(number)
-    chosen = {part: drawn(numbers[part], SIZES[part], f"{name} {part}") for part in PARTS}
+    chosen = {part: draw(numbers[part], SIZES[part], f"{name} {part}") for part in PARTS}
     return Task(
         name,
         classes,

@@ -52,7 +52,7 @@ def mean(scores: Scores) -> float:
     return math.fsum(scores.values()) / len(scores)
 
 
-def whole(scores: Scores, tasks: Iterable[str]) -> Scores:
+def complete_seeds(scores: Scores, tasks: Iterable[str]) -> Scores:
     """Return the scores of the seeds that have all of some tasks."""
     wanted, seeds = set(tasks), {seed for _, seed in scores}
     full = {seed for seed in seeds if all((task, seed) in scores for task in wanted)}
@@ -121,6 +121,24 @@ def claims_table(claims: Iterable[Claim]) -> str:
         for (label, difference), verdict in zip(found, verdicts, strict=True):
             lines.append(f"| {claim.name} | {label} | {difference} | {verdict} |")
     return "\n".join(lines)
+
+
+def comparison(again: Mapping[str, Scores], before: Mapping[str, Scores]) -> str:
+    """Return the means of scores that were measured again, in per cent, beside those of the same
+    pairs of a task and a seed before, and beside the interval of all that were measured before.
+    """
+    lines = []
+    for name, scores in again.items():
+        earlier = before.get(name, {})
+        common, tasks = scores.keys() & earlier.keys(), {task for task, _ in earlier}
+        if common:
+            now, then = (mean({key: each[key] for key in common}) for each in (scores, earlier))
+            line = f"{name}: {100 * now:.1f} %, before {100 * then:.1f} % ({len(common)} scores); "
+            all_of_it = interval(complete_seeds(earlier, tasks))
+            where = "within" if all_of_it.low <= now <= all_of_it.high else "outside"
+            is_whole = {task for task, _ in common} == tasks
+            lines.append(line + (f"{where} {all_of_it}" if is_whole else "tasks are missing"))
+    return "\n".join(lines) or "Nothing was measured again yet that is checked in."
 
 
 def at_edge(chosen: float, tried: Sequence[float]) -> str:

@@ -67,6 +67,6 @@ def part_of(key: str) -> str:
     return "train" if number < 0.6 else "validation" if number < 0.7 else "test"
 
 
-def drawn(numbers: Sequence[int], count: int, key: str) -> list[int]:
+def draw(numbers: Sequence[int], count: int, key: str) -> list[int]:
     """Return `count` of some numbers, or all, chosen by a name."""
     return sorted(random.Random(key).sample(list(numbers), min(count, len(numbers))))

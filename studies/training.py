@@ -58,10 +58,10 @@ def mixed_batches(
                 orders[number] = torch.cat([orders[number], again])
             own, orders[number] = orders[number][:count], orders[number][count:]
             parts.append(tasks[number].batch(own))
-        yield joined(parts), chosen
+        yield join(parts), chosen
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def join(parts: Sequence[Batch]) -> Batch:
     """Return batches as one, padded to the longest."""
     longest = max(part["mask"].shape[1] for part in parts)
     pad = nn.functional.pad
@@ -127,7 +127,7 @@ def accuracy(model: nn.Module, states: States, **told: Any) -> float:
     return (logits(model, states, **told).argmax(-1) == states.labels).float().mean().item()
 
 
-def few(states: States, count: int, seed: int, evenly: bool = False) -> Batch:
+def draw_texts(states: States, count: int, seed: int, evenly: bool = False) -> Batch:
     """Return a batch of a few texts, drawn at random, or evenly over the classes that they have."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(states), generator=generator).tolist()

