@@ -12,15 +12,18 @@ import torch
 from helpers.calls import calls_of
 from helpers.methods import METHODS
 from helpers.models import TARGETS, llama, mlp
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import peft
 from peft import (
+    LoKrConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.base.containers import AdapterContainer, named_tensors, state_of, walk
@@ -249,14 +252,70 @@ def test_a_walk_is_in_the_order_of_named_modules():
     assert torch.equal(root["d"].running_mean, before + 2)  # by the hook, once each
 
 
-def test_biases_in_layers_of_other_adapters_are_saved_too(tmp_path):
-    """`bias="lora_only"` trains those of all adapted layers."""
-    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0"]), "a")
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["2"], bias="lora_only"))
-    keys = get_peft_model_state_dict(model, adapter_name="b").keys()
-    assert {key for key in keys if key.endswith("bias")} == {
-        f"base_model.model.{i}.base_layer.bias" for i in (0, 2)
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_in_layers_of_other_adapters_are_saved_too(bias, tmp_path):
+    """`bias="lora_only"` trains those of all adapted layers; the file is one for any model, alone
+    or beside adapters of other layers.
+    """
+
+    def fresh():
+        torch.manual_seed(0)
+        return mlp()
+
+    other, trained = LoraConfig(r=2, target_modules=["0"]), ["0", "2", "4"][: 2 + (bias == "all")]
+    model = get_peft_model(fresh(), other, "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["2"], bias=bias))
+    model.set_adapter("b")
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p))
+    x = torch.randn(3, 8)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    root = "base_model.model"
+    assert {key for key in state if key.endswith("bias")} == {
+        f"{root}.{i}.base_layer.bias" if i == "2" else f"{root}.{i}.bias" for i in trained
     }
+
+    def check():
+        alone = PeftModel.from_pretrained(fresh(), tmp_path / "b")
+        torch.testing.assert_close(alone(x), model(x))
+        into = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["2"], bias=bias))
+        assert set_peft_model_state_dict(into, load_peft_weights(tmp_path / "b")) == ([], [])
+        torch.testing.assert_close(into(x), model(x))
+        beside = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["4"]), "c").eval()
+        assert beside.load_adapter(tmp_path / "b", "b") == ([], [])
+        beside.set_adapter("b")
+        torch.testing.assert_close(beside(x), model(x))
+
+    check()
+    # Other writers name them by the layers that were there.
+    state[f"{root}.0.base_layer.bias"] = state.pop(f"{root}.0.bias")
+    save_file(state, tmp_path / "b" / "adapter_model.safetensors")
+    check()
+
+
+def test_trained_biases_under_the_layers_of_several_methods(tmp_path):
+    """Whichever of the layers is around the other."""
+    config, x = LoraConfig(r=2, target_modules=["0"], bias="lora_only"), torch.randn(3, 8)
+    for names in (("a", "b"), ("b", "a")):
+        torch.manual_seed(0)
+        model = get_peft_model(mlp(), LoKrConfig(r=2, target_modules=["4"]), "c", mixed=True)
+        for name in names:
+            model.add_adapter(name, config if name == "a" else LoKrConfig(target_modules=["0"]))
+        model.set_adapter("a")
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.add_(torch.randn_like(p))
+        state = get_peft_model_state_dict(model, adapter_name="a")
+        ends = ("lora_A.weight", "lora_B.weight", "base_layer.bias")
+        assert set(state) == {f"base_model.model.0.{end}" for end in ends} | {
+            "base_model.model.4.bias"
+        }
+        torch.manual_seed(0)
+        alone = get_peft_model(mlp(), config)
+        assert set_peft_model_state_dict(alone, state) == ([], [])
+        torch.testing.assert_close(alone.eval()(x), model.eval()(x))
 
 
 def test_tied_weights_count_once_beside_many_adapters(method):

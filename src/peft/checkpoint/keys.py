@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base.constants import ROOT
 from ..base.containers import walk
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING
 from ..base.validation import check_adapter
 from ..integrations.distributed import unwrapped_name
 from .protocols import AdapterConfig, tuner_class
@@ -111,8 +112,9 @@ def adapter_tensors(
     result = {key: tensors[name] for name, key in keys.items()}
     # An adapter's copy of a module comes before the module's own tensors of the same key.
     if config.trained_biases != "none":
-        for name in _trained_biases(tensors, config, containers):
-            result.setdefault(name, tensors[name])
+        wanted = None if isinstance(embeddings, bool) else embeddings
+        for name, key in _trained_biases(tensors, keys, config, wanted):
+            result.setdefault(key, tensors[name])
     for name, tensor in tensors.items() if embeddings else ():
         if is_embedding(name) and (
             embeddings is True or (not isinstance(embeddings, bool) and name in embeddings)
@@ -122,21 +124,52 @@ def adapter_tensors(
 
 
 def _trained_biases(
-    names: Collection[str], config: AdapterConfig, containers: Collection[str]
-) -> Iterator[str]:
-    """Yield the names of the base model's biases that an adapter trains."""
-    adapted = {
-        name.rpartition(f".{container}.")[0]
-        for name in names
-        for container in containers
-        if f".{container}." in name
-    }
+    names: Collection[str],
+    own: Collection[str],
+    config: AdapterConfig,
+    wanted: Container[str] | None,
+) -> Iterator[tuple[str, str]]:
+    """Yield the names and keys of the base model's biases that an adapter trains: of all modules or
+    of adapted ones. Of a file, whose keys are `wanted`, those of the adapter's own layers, and what
+    else was adapted where it was written.
+
+    A layer that only other adapters have is saved as if it had none. Other writers do not.
+    """
+    containers = {TOKEN_ROWS}.union(
+        *(tuner.tuner_layer_cls.container_names for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values())
+    )
+    adapted, around = _adapted(names, containers), _adapted(own, containers)
+    trained, wanted = (adapted, ()) if wanted is None else (around, wanted)
     inside = {WHOLE_MODULES, "original_module", *containers}
     for name in names:
-        layer = name.removesuffix(".base_layer.bias")
-        is_trained = config.trained_biases == "all" or layer in adapted
-        if name.endswith(".bias") and is_trained and inside.isdisjoint(name.split(".")):
-            yield name
+        layer = name.removesuffix(".bias")
+        if layer == name or not inside.isdisjoint(name.split(".")):
+            continue
+        path = _plain(layer)
+        key = f"{path}{around.get(path, '')}.bias" if path in adapted else name
+        if key not in wanted and (other := f"{path}.base_layer.bias") in wanted:
+            key = other
+        if config.trained_biases == "all" or path in trained or key in wanted:
+            yield name, key
+
+
+def _adapted(names: Iterable[str], containers: Collection[str]) -> dict[str, str]:
+    """Return the paths of the modules that layers with some tensors adapt, and for each what these
+    layers insert between it and the names of its own tensors.
+    """
+    result: dict[str, str] = {}
+    for layer in dict.fromkeys(_module_of(name, containers) for name in names):
+        path = _plain(layer)
+        begin = ".token_adapter" if layer.endswith(".token_adapter") else result.get(path, "")
+        result[path] = f"{begin}.base_layer"
+    return result
+
+
+def _plain(path: str) -> str:
+    """Return a path without what layers insert at its end."""
+    while (shorter := path.removesuffix(".base_layer").removesuffix(".token_adapter")) != path:
+        path = shorter
+    return path
 
 
 def in_view(config: AdapterConfig, *adapter_names: str) -> tuple[str, ...] | None:
