@@ -3,20 +3,32 @@
 they should be.
 """
 
+import copy
 import dataclasses
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
+from helpers.locks import is_locked
 from helpers.methods import METHODS
+from helpers.models import mlp
 from helpers.users import USERS, save_user
 
-from peft import AdapterFleet, AdapterLibrary, AdapterPack
+from peft import (
+    AdapterFleet,
+    AdapterLibrary,
+    AdapterPack,
+    LoraConfig,
+    get_peft_model,
+    get_routed_model,
+)
 from peft.base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
-from peft.library import adding, index, inspecting, refreshing, scanning
+from peft.library import adding, index, inspecting, reading, refreshing, scanning
 from peft.library.entry import Place
 from peft.library.index import Index
 from peft.library.pruning import prune
@@ -349,3 +361,368 @@ def test_a_broken_adapter_on_the_hub_is_not_added(folder, tmp_path, monkeypatch,
     with pytest.raises(CheckpointError, match="'me/sums' can't be added to the library"):
         library.add("me/sums")
     assert library.index_file.read_bytes() == before and set(library.names) == ALL
+
+
+# Small libraries of LoRA adapters
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory):
+    """Folders of three adapters of other weights: `a`, `b`, `c`."""
+    folder = tmp_path_factory.mktemp("lora")
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        get_peft_model(mlp(), config).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def small(lora, tmp_path):
+    """A library of the three in `users`."""
+    shutil.copytree(lora, tmp_path / "small" / "users")
+    return AdapterLibrary(tmp_path / "small")
+
+
+def said(library):
+    return {e.name: (str(e.place), e.tags, dict(e.scores)) for e in library}
+
+
+def test_what_the_owner_wrote_is_kept_while_files_are_away(small, lora):
+    """A tag, a score or a name, each alone; an adapter without any is forgotten."""
+    shutil.copytree(lora / "a", small.folder / "users" / "plain")
+    small.refresh()
+    small.tag("users/a", "x")
+    small.score("users/b", acc=1)
+    small.rename("users/c", "best")
+    before = said(small)
+    shutil.move(small.folder / "users", small.folder.parent / "away")
+    assert sorted(small.refresh().dropped) == ["best", "users/a", "users/b", "users/plain"]
+    assert problems(small.check()) == [(name, "missing") for name in ("best", "users/a", "users/b")]
+    shutil.move(small.folder.parent / "away", small.folder / "users")
+    small.refresh()
+    assert said(small) == said(AdapterLibrary(small.folder)) == before
+
+
+def test_what_the_owner_wrote_follows_the_weights(small):
+    """To another path, whose name an adapter gets that had none of its own."""
+    small.tag("users/a", "of a")
+    small.tag("users/b", "of b")
+    small.rename("users/b", "best")
+    shutil.move(small.folder / "users", small.folder / "new")
+    (small.folder / "new" / "b").rename(small.folder / "a")
+    small.refresh()
+    assert said(small) == {
+        "new/a": ("new/a", ("of a",), {}),
+        "best": ("a", ("of b",), {}),
+        "new/c": ("new/c", (), {}),
+    }
+
+
+@pytest.mark.parametrize(("number", "shown", "more"), [(9, 3, 6), (4, 3, 1), (3, 3, 0)])
+def test_much_that_is_left_out(small, number, shown, more):
+    for i in range(number):
+        (small.folder / f"x{i}").mkdir()
+        (small.folder / f"x{i}" / CONFIG).write_text("{}")
+    with pytest.warns(UserWarning, match="Left out of the library") as told:
+        assert len(small.refresh().left_out) == number
+    (text,) = (str(warning.message) for warning in told)
+    assert text.count("There is no") == shown
+    assert text.endswith(f"; and {more} more") == bool(more)
+    assert repr(small) == f"AdapterLibrary('{small.folder}', 3 adapters, {number} left out)"
+    lines = str(small).splitlines()[5:]
+    expected = [f"left out: 'x{i}'. There is no '{WEIGHTS}' beside '{CONFIG}'." for i in range(8)]
+    assert lines == expected[:number] + ["left out: 1 more; see `left_out`"] * (number == 9)
+
+
+def test_arguments_of_a_library(small, tmp_path):
+    folder = small.folder
+    shutil.copytree(folder / "users" / "a", folder / "new")
+    shutil.rmtree(folder / "users" / "b")
+    as_it_is = AdapterLibrary(folder, refresh=False, max_bytes=0)
+    assert as_it_is.names == ["users/a", "users/b", "users/c"] and len(as_it_is) == 3
+    assert as_it_is.load("users/a").tensors and as_it_is.loaded_bytes == 0
+    assert "users/b" in as_it_is and "new" not in as_it_is
+    assert AdapterLibrary(folder, refresh=False, index=tmp_path / "none").names == []
+    assert AdapterLibrary(folder).names == ["new", "users/a", "users/c"]
+    assert small._cache.max_bytes == 2**30  # a gibibyte
+    for arguments, kind, message in (
+        ({"index": 3}, PeftTypeError, "`index`=3 must be a path"),
+        ({"follow_links": "no"}, PeftTypeError, "`follow_links`='no' must be True or False"),
+        ({"refresh": 2}, PeftTypeError, "`refresh`=2 must be True or False"),
+        ({"max_bytes": 1.5}, PeftValueError, "`max_bytes`=1.5 must be an integer"),
+    ):
+        with pytest.raises(kind, match=message):
+            AdapterLibrary(folder, **arguments)
+    with pytest.raises(PeftTypeError, match="Expected the path of a folder with adapters, got 3"):
+        AdapterLibrary(3)
+    with pytest.raises(PeftTypeError, match="`delete_files`='no' must be True or False"):
+        small.remove("users/a", delete_files="no")
+    with pytest.raises(PeftTypeError, match="`autocast_adapter_dtype`=2 must be True or False"):
+        small.add_to(mlp(), "users/a", autocast_adapter_dtype=2)
+
+
+def test_what_is_gone_leaves_the_memory(small):
+    small.load("users/a")
+    shutil.rmtree(small.folder / "users" / "a")
+    assert small.loaded_bytes > 0
+    small.refresh()
+    assert small.loaded_bytes == 0
+
+
+def test_weights_of_a_changed_config_are_not_read_again(small, monkeypatch):
+    config, before = small.folder / "users" / "a" / CONFIG, small["users/a"]
+    config.write_text(config.read_text().replace('"r": 2', '"r": 4'))
+    monkeypatch.setattr(inspecting, "digest_of", None)
+    assert small.refresh().changed == ["users/a"]
+    after = small["users/a"]
+    assert (before.rank, after.rank) == (2, 4) and after.sha256 == before.sha256
+    assert before.config_sha256 != after.config_sha256
+
+
+def test_folders_that_look_like_other_things(small, lora):
+    """Hidden ones are passed over, one of a pack's name may be an adapter, and of two files with
+    weights the safe one counts.
+    """
+    shutil.copytree(lora / "a", small.folder / ".git" / "x")
+    shutil.copytree(lora / "a", small.folder / ".adapters.safetensors")
+    shutil.copytree(lora / "a", small.folder / "x.adapters.safetensors")
+    torch.save({}, small.folder / "users" / "b" / "adapter_model.bin")
+    (small.folder / "notes.safetensors").write_text("mine")
+    assert small.refresh() == (["x_adapters_safetensors"], [], [], [])
+    assert small.load("users/b").tensors and small.check().ok
+    found = scanning.scan(str(small.folder))
+    assert found.adapters["users/b"].weights == WEIGHTS and not found.packs
+    (small.folder / "x.adapters.safetensors" / WEIGHTS).unlink()
+    left = scanning.scan(str(small.folder)).left_out
+    assert left == {"x.adapters.safetensors": f"There is no '{WEIGHTS}' beside '{CONFIG}'."}
+
+
+def test_files_that_can_not_be_read_now(small, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(reading, "read_folder", fail)
+    (problem,) = small.check("users/a").problems
+    assert (problem.name, problem.kind) == ("users/a", "damaged") and "output" in problem.detail
+
+
+def test_adapters_are_put_on_frozen_and_without_chance(small):
+    """Whatever the config says; in float32 on a model of 16 bits, unless told."""
+    config = small.folder / "users" / "a" / CONFIG
+    text = config.read_text()
+    assert '"inference_mode": true' in text
+    config.write_text(text.replace('"inference_mode": true', '"inference_mode": false'))
+    small.refresh()
+    base = mlp().bfloat16()
+    before = torch.get_rng_state()
+    model = small.add_to(base, "users/a")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.peft_config["users/a"].inference_mode is True
+    small.add_to(model, "users/b")
+    small.add_to(model, "users/c", autocast_adapter_dtype=False)
+    factors = model.base_model.model[0].lora_A
+    assert [factors[f"users/{name}"].weight.dtype for name in "abc"] == [
+        torch.float32, torch.float32, torch.bfloat16
+    ]  # fmt: skip
+    again = small.add_to(mlp().bfloat16(), "users/a", autocast_adapter_dtype=False)
+    assert again.base_model.model[0].lora_A["users/a"].weight.dtype == torch.bfloat16
+
+
+# Adding
+
+
+def test_a_name_that_is_taken_copies_nothing(small, lora):
+    small.rename("users/a", "best")
+    for name, message in (("best", "has an adapter 'best' already"), ("a.b", "without dots")):
+        with pytest.raises(PeftValueError, match=message):
+            small.add(lora / "b", name)
+    assert sorted(os.listdir(small.folder)) == ["adapter_library.jsonl", "users"]
+
+
+def test_what_is_added(small, lora, monkeypatch):
+    """A card comes along; the copy has the mode of its folder; tags are added to those that are."""
+    small.folder.chmod(0o750)
+    entry = small.add(lora, subfolder="b", tags="x", scores={"acc": 1})
+    assert entry.name == "b" and said(small)["b"] == ("b", ("x",), {"acc": 1})
+    assert sorted(os.listdir(small.folder / "b")) == ["README.md", CONFIG, WEIGHTS]
+    assert stat.S_IMODE((small.folder / "b").stat().st_mode) == 0o750
+    small.add(small.folder / "b", tags=["y"])
+    small.add(small.folder / "b", scores={"loss": 2})
+    assert said(small)["b"] == ("b", ("x", "y"), {"acc": 1, "loss": 2})
+    shutil.copytree(lora / "c", small.folder.parent / "bare")
+    (small.folder.parent / "bare" / "README.md").unlink()
+    monkeypatch.chdir(small.folder.parent / "bare")
+    with pytest.warns(UserWarning, match="^add got unexpected keyword arguments: foo"):
+        entry = small.add(".", foo=1)
+    assert (entry.name, str(entry.place)) == ("bare", "bare")
+    assert small.add(lora / "c", "deep/er/c").name == "deep/er/c"
+    monkeypatch.chdir(small.folder / "deep")
+    assert small.add("er/c", tags="z").tags == ("z",)
+    assert small.check().ok
+
+
+def test_a_copy_over_something_damaged_is_refused(small, lora):
+    shutil.copytree(lora / "b", small.folder / "b")
+    (small.folder / "b" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(PeftValueError, match="has a folder '.*b' already; pass another `name`"):
+        small.add(lora / "b")
+
+
+def test_a_copy_is_on_the_disk_before_it_is_seen(small, lora, monkeypatch):
+    """Its files, then their folder, then the name; all under the lock."""
+    pytest.importorskip("fcntl")
+    done, sync, sync_folder, rename = [], adding.sync, adding.sync_folder, Path.rename
+
+    def synced(handle):
+        done.append(os.fstat(handle).st_size)
+        sync(handle)
+
+    def synced_folder(folder):
+        done.append(folder.name)
+        sync_folder(folder)
+
+    def renamed(path, target):
+        done.append((path.name, target.name, is_locked(small.folder)))
+        return rename(path, target)
+
+    monkeypatch.setattr(adding, "sync", synced)
+    monkeypatch.setattr(adding, "sync_folder", synced_folder)
+    monkeypatch.setattr(Path, "rename", renamed)
+    small.add(lora / "b")
+    unfinished, *_ = done[-2]
+    sizes = [(lora / "b" / name).stat().st_size for name in (CONFIG, WEIGHTS, "README.md")]
+    assert done == [*sizes, unfinished, (unfinished, "b", True), "small"]
+
+
+def test_all_files_of_an_adapter_are_deleted_under_its_lock(small, monkeypatch):
+    pytest.importorskip("fcntl")
+    held, unlink, folder = [], Path.unlink, small.folder / "users" / "a"
+    (folder / ".adapter_model.safetensors.1.tmp").write_text("of a writer that was killed")
+
+    def unlinked(path, missing_ok=False):
+        if path.parent == folder:
+            held.append(is_locked(folder))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    small.remove("users/a", delete_files=True)
+    assert not folder.exists() and len(held) >= 4 and all(held)
+    assert small.names == ["users/b", "users/c"]
+
+
+def test_routing_over_a_library_is_routing_over_its_folders(small, lora):
+    base, x = mlp(), torch.randn(3, 8)
+    for names, general in ((None, ()), (["users/a", "users/b"], "users/c")):
+        model = small.route(copy.deepcopy(base), names, general=general, routing="fixed")
+        expected = get_routed_model(
+            copy.deepcopy(base),
+            {name: lora / name[-1] for name in names or small.names},
+            general_experts={"users/c": lora / "c"} if general else None,
+            routing="fixed",
+        )
+        torch.testing.assert_close(model(x), expected(x))
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(lora, tmp_path, monkeypatch):
+    """A repository `me/it` with an adapter in its root and one in `s`, in the cache of two commits;
+    what it is asked for.
+    """
+    snapshots = tmp_path / "hub" / "models--me--it" / "snapshots"
+    for commit, root, inner in (("c1", "a", "b"), ("c2", "b", "c")):
+        shutil.copytree(lora / root, snapshots / commit)
+        shutil.copytree(lora / inner, snapshots / commit / "s")
+    asked, latest = [], ["c1"]
+
+    def download(repository, name, revision=None, subfolder=""):
+        asked.append((repository, revision, subfolder))
+        found = snapshots / (revision or latest[0]) / subfolder / name
+        if repository != "me/it" or not found.exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError(name)
+        return str(found)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked, latest
+
+
+def test_adapters_of_the_hub_in_folders_and_of_later_commits(small, hub, lora):
+    asked, latest = hub
+    entry = small.add("me/it", subfolder="s")
+    assert (entry.name, entry.place) == ("me/it/s", Place("", "", "me/it", "c1", "s"))
+    small.add("me/it")
+    small.tag("me/it", "x")
+    small.score("me/it", acc=1)
+    small.rename("me/it", "far")
+    asked.clear()
+    latest[0] = "c2"
+    assert small.check(["me/it/s", "far"]).ok
+    assert set(asked) == {("me/it", "c1", "s"), ("me/it", "c1", "")}
+    again = small.add("me/it")
+    assert again.sha256 == small["users/b"].sha256 and again.place.revision == "c2"
+    assert said(small)["far"] == ("hub:me/it@c2", ("x",), {"acc": 1})
+    assert sorted(small.names) == ["far", "me/it/s", "users/a", "users/b", "users/c"]
+    small.remove("far")
+    assert small.add("me/it").name == "me/it"
+    small.refresh()
+    assert said(small)["me/it"] == ("hub:me/it@c2", (), {})
+    base, x = mlp(), torch.randn(2, 8)
+    alone = small.route(copy.deepcopy(base), ["users/b", "users/c"], routing="task")
+    model = small.route(base, ["me/it/s", "users/c"], routing="task")
+    expected = alone(x, task_ids=["users/b", "users/c"])
+    torch.testing.assert_close(model(x, task_ids=["me/it/s", "users/c"]), expected)
+
+
+@pytest.mark.parametrize("where", ["plain", "snapshots"])
+def test_a_repository_that_is_no_cache(small, lora, tmp_path, monkeypatch, where):
+    """The commit is what the caller says, if it says one."""
+    shutil.copytree(lora / "a", tmp_path / where)
+    shutil.copytree(lora / "a", small.folder / "me" / "it")
+    small.refresh()
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(tmp_path / where / name)
+    )
+    for revision in (None, "v1"):
+        entry = small.add("me/it", revision=revision)
+        assert entry.place == Place("", "", "me/it", revision or "")
+        assert entry.name == "me/it-2"  # a folder has the other name
+    (tmp_path / where / WEIGHTS).unlink()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", only_there(tmp_path / where))
+    with pytest.raises(CheckpointNotFoundError, match=f"Can't find '{WEIGHTS}'"):
+        small.add("me/it")
+
+
+def only_there(folder):
+    def download(repository, name, **options):
+        if not (folder / name).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        return str(folder / name)
+
+    return download
+
+
+# Packs
+
+
+def test_packs_are_read_if_they_changed(lora, tmp_path, monkeypatch):
+    folder = tmp_path / "packs"
+    folder.mkdir()
+    path = folder / "u.adapters.safetensors"
+    AdapterPack.write(path, {name: lora / name for name in "abc"}).close()
+    (folder / "broken.adapters.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="Left out"):
+        library = AdapterLibrary(folder)
+    library.remove("u/a")
+    library.remove("u/b", delete_files=True)
+    assert library.names == ["u/c"]
+    with monkeypatch.context() as patch:
+        patch.setattr(refreshing, "AdapterPack", None)
+        assert not library.refresh() and AdapterLibrary(folder).names == ["u/c"]
+    with AdapterPack(path) as pack:  # what was deleted may come again, what was removed stays away
+        pack.update(add={"b": lora / "b", "a": lora / "c", "new": lora / "a"}).close()
+    assert library.refresh() == (["u/b", "u/new"], ["u/c"], [], [])
+    assert library.load("u/new").tensors and len(library.left_out) == 1

@@ -17,6 +17,7 @@ from helpers.users import USERS, save_user
 
 from peft import AdapterFleet, AdapterLibrary, PeftMixedModel, PeftModel, adapter_sizes
 from peft.base.errors import CheckpointError, PeftRuntimeError, PeftTypeError, PeftValueError
+from peft.library import fleet as fleet_module
 
 NAMES = [f"users/{user}" for user in USERS]
 ADA, BEN, CAI, DORA = NAMES
@@ -298,3 +299,152 @@ def test_threads_ask_for_different_users(library, outputs):
     for thread in threads:
         thread.join()
     assert not errors and len(fleet.model.peft_config) <= 3
+
+
+# Edges
+
+
+def test_what_a_fleet_counts(library, outputs):
+    fleet = AdapterFleet(outputs[0], library, max_adapters=2)
+    assert fleet.status() == fleet_module.FleetStatus({}, (), {}, 0, 0)
+    assert repr(fleet) == f"AdapterFleet(0 of {len(library)} adapters on the model)"
+    assert fleet.ensure(iter([ADA, "__base__", BEN, ADA])) == [ADA, "__base__", BEN, ADA]
+    fleet.ensure(CAI)  # ADA leaves
+    assert ADA not in fleet and CAI in fleet and "nobody" not in fleet
+    status = fleet.status()
+    assert (list(status.sizes), status.loads, status.evictions) == ([BEN, CAI], 3, 1)
+    assert repr(fleet) == f"AdapterFleet(2 of {len(library)} adapters on the model)"
+    assert fleet.evict([CAI, CAI]) == [CAI] and fleet.evict(BEN) == [BEN] and fleet.evict() == []
+    assert (fleet.status().loads, fleet.status().evictions) == (3, 1)
+    library.rename(ADA, "best")
+    assert fleet.ensure([ADA, "best"]) == ["best", "best"]  # by its folder too
+    fleet.model.delete_adapter("best")  # by someone else
+    assert fleet.status().sizes == {} and fleet.evict() == []
+
+
+def test_bounds_that_are_just_enough(library, outputs):
+    size = adapter_sizes(library.add_to(mlp(), ADA))[ADA]
+    fleet = AdapterFleet(outputs[0], library, max_bytes=2 * size, max_adapters=3)
+    fleet.ensure([ADA, BEN])
+    assert list(fleet.status().sizes) == [ADA, BEN]
+    fleet.ensure(CAI)
+    assert list(fleet.status().sizes) == [BEN, CAI]
+    fleet.max_bytes = 100 * size
+    fleet.ensure(DORA)
+    fleet.ensure(ADA)  # by the number one has to leave, by the bytes none
+    assert list(fleet.status().sizes) == [CAI, DORA, ADA]
+    fleet.max_bytes = size
+    fleet.ensure(BEN)
+    assert list(fleet.status().sizes) == [BEN]
+
+
+def test_a_newer_version_takes_the_place_of_the_older(library, outputs, folder):
+    fleet = AdapterFleet(outputs[0], library, max_adapters=2)
+    fleet.ensure([ADA, BEN])
+    save_user(folder / ADA, "bank", folder)
+    library.refresh()
+    with (
+        fleet.using(BEN),
+        fleet.using("__base__"),
+        pytest.raises(PeftRuntimeError, match="'users/ben' is in use"),
+    ):
+        fleet.evict()
+    assert set(fleet.status().sizes) == {ADA, BEN}
+    old = fleet._held[ADA].version
+    fleet._uses[ADA] += 1  # a call is using the older
+    with pytest.raises(PeftRuntimeError, match="'users/ada' is in use by a call, and its files ch"):
+        fleet.ensure([ADA])
+    fleet._uses[ADA] -= 1
+    assert fleet._held[ADA].version == old != library[ADA].version
+    fleet.ensure([ADA])
+    status = fleet.status()
+    assert list(status.sizes) == [BEN, ADA] and (status.loads, status.evictions) == (3, 0)
+
+
+def test_what_the_fleet_did_not_load_does_not_count(library, outputs, folder):
+    fleet = AdapterFleet(PeftModel.from_pretrained(outputs[0], folder / BEN, BEN), library)
+    fleet.max_adapters = 1
+    assert fleet.ensure([BEN, ADA, BEN]) == [BEN, ADA, BEN]
+    with pytest.raises(PeftValueError, match="2 adapters at once are more than `max_adapters`=1"):
+        fleet.ensure([BEN, ADA, CAI])
+    assert adapter_sizes(fleet.model, [BEN, "nobody"]) == {
+        BEN: adapter_sizes(fleet.model)[BEN],
+        "nobody": 0,
+    }
+
+
+def test_precision_and_arguments_of_a_fleet(library):
+    for options, dtype in (
+        ({}, torch.float32),
+        ({"autocast_adapter_dtype": False}, torch.bfloat16),
+    ):
+        fleet = AdapterFleet(mlp().bfloat16(), library, **options)
+        fleet.ensure("methods/lora")
+        assert fleet.model.base_model.model[0].lora_A["methods/lora"].weight.dtype == dtype
+    for options, error, message in (
+        ({"autocast_adapter_dtype": 2}, PeftTypeError, "must be True or False"),
+        ({"max_bytes": 0}, PeftValueError, "`max_bytes`=0 must be"),
+        ({"max_adapters": 1.5}, PeftValueError, "`max_adapters`=1.5 must be"),
+    ):
+        with pytest.raises(error, match=message):
+            AdapterFleet(mlp(), library, **options)
+
+
+def test_nobody_waits_unasked(library, outputs, monkeypatch):
+    fleet = AdapterFleet(outputs[0], library, max_adapters=1)
+    monkeypatch.setattr(fleet._lock, "wait", None)
+    with fleet.using(ADA):
+        for wait in ({}, {"timeout": 0}):
+            with pytest.raises(PeftRuntimeError, match="beside the 1 in use .users/ada."):
+                fleet.using(BEN, **wait).__enter__()
+
+
+def test_a_call_waits_as_long_as_it_is_told(library, outputs, monkeypatch):
+    """By a clock that stands still, so that the other call ends in time."""
+    fleet, waits = AdapterFleet(outputs[0], library, max_adapters=1), []
+    monkeypatch.setattr(fleet_module, "monotonic", lambda: 7.0)
+    wait, held = fleet._lock.wait, fleet.using(ADA)
+
+    def ended(timeout):
+        waits.append(timeout)
+        held.__exit__(None, None, None)
+
+    monkeypatch.setattr(fleet._lock, "wait", ended)
+    held.__enter__()
+    with fleet.using(BEN, timeout=0.5):
+        assert BEN in fleet and ADA not in fleet
+    assert waits == [0.5] and wait is not None
+
+
+def test_others_wait_while_adapters_are_exchanged(library, outputs, monkeypatch):
+    """Whatever they ask of the fleet, they find it before or after, and not in between."""
+    fleet, done, threads = AdapterFleet(outputs[0], library), [], []
+    fleet.ensure(ADA)
+
+    def used():
+        with fleet.using(ADA):
+            pass
+
+    asks = (
+        fleet.status, lambda: fleet.ensure(ADA), used, lambda: fleet.activate(ADA),
+        lambda: fleet.evict(BEN),
+    )  # fmt: skip
+
+    def run(ask):
+        ask()
+        done.append(ask)
+
+    def exchanged(*arguments):
+        for ask in asks:
+            threads.append(threading.Thread(target=run, args=(ask,), daemon=True))
+            threads[-1].start()
+            threads[-1].join(0.02)
+        assert done == []
+        return put_on(*arguments)
+
+    put_on = fleet_module.put_on
+    monkeypatch.setattr(fleet_module, "put_on", exchanged)
+    fleet.ensure(BEN)
+    for thread in threads:
+        thread.join(60)
+    assert len(done) == len(asks)

@@ -145,7 +145,7 @@ def test_changed_and_missing_files_are_errors(library, folder):
     tensors = library.load("users/ada").tensors
     assert all(torch.equal(tensors[key], value) for key, value in expected.items())
     (folder / "users" / "ben" / WEIGHTS).unlink()
-    with pytest.raises(CheckpointNotFoundError, match="Can't find .*users/ben"):
+    with pytest.raises(CheckpointNotFoundError, match=f"Can't find .*users/ben/{WEIGHTS}"):
         library.load("users/ben")
     (folder / "bank" / "vector_bank.safetensors").unlink()
     with pytest.raises(CheckpointNotFoundError, match="bank"):

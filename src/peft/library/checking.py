@@ -9,11 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..base.errors import CheckpointNotFoundError, PeftError
+from ..base.errors import PeftError
 from ..base.progress import track
 from .entry import AdapterEntry, Place
 from .index import Index
-from .inspecting import UnfitError
 from .listing import LibraryReport, Problem
 from .reading import ChangedError, Reader
 from .scanning import scan
@@ -38,9 +37,9 @@ def check(
             shared |= content.with_shared(shared).shared
         except ChangedError as error:
             problems.append(Problem(entry.name, "changed", str(error)))
-        except (CheckpointNotFoundError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
             problems.append(Problem(entry.name, "missing", str(error)))
-        except (PeftError, OSError, UnfitError) as error:
+        except (PeftError, OSError) as error:
             problems.append(Problem(entry.name, "damaged", str(error)))
     if entries is None:
         problems += _others(root, index, follow_links)

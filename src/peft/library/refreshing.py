@@ -98,7 +98,7 @@ class Findings:
             known = index.entries.get(place)
             if known is not None and known.stamps != self._stamps_before(place):
                 continue  # another process has read it since
-            known = known or index.lost.pop(place, None) or _moved(entry, index.lost)
+            known = known or index.lost.pop(place, None) or _moved(entry, place, index.lost)
             name = known.name if known is not None else default_name(place)
             if place not in index.entries:
                 name = free_name(name, taken)
@@ -120,14 +120,14 @@ class Findings:
         return None if entry is None else entry.stamps
 
 
-def _moved(entry: AdapterEntry, lost: dict[Place, AdapterEntry]) -> AdapterEntry | None:
+def _moved(entry: AdapterEntry, to: Place, lost: dict[Place, AdapterEntry]) -> AdapterEntry | None:
     """Take out the lost entry of the same weights under another path, named for the new one."""
     place = next((place for place, other in lost.items() if other.sha256 == entry.sha256), None)
     if place is None:
         return None
     known = lost.pop(place)
     is_own = known.name != default_name(place)
-    return known if is_own else replace(known, name=default_name(entry.place))
+    return known if is_own else replace(known, name=default_name(to))
 
 
 def look(root: Path, index: Index, follow_links: bool) -> Findings:

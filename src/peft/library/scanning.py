@@ -77,7 +77,7 @@ def scan(root: str, follow_links: bool = False) -> Scan:
                     result.left_out[name] = reason
                 else:
                     below.append((name, entry.path))
-            elif entry.name.endswith(PACK_SUFFIX) and entry.name != PACK_SUFFIX:
+            elif entry.name.endswith(PACK_SUFFIX):
                 _note(result, name, {entry.name: entry}, real_root, follow_links)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 result.left_out[name] = f"A link to '{os.readlink(entry.path)}', which is missing."
