@@ -7,11 +7,15 @@ import json
 import os
 import stat
 import sys
+import tarfile
 import tempfile
+import zipfile
 
 import pytest
 import torch
+from helpers.locks import is_locked
 from safetensors import safe_open
+from torch import nn
 
 from peft import LoraConfig
 from peft.checkpoint import files, headers, paths
@@ -41,19 +45,6 @@ def raising(error):
         raise error
 
     return call
-
-
-def is_locked(folder):
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 WRITERS = {
@@ -289,8 +280,9 @@ class Listing:
         ({"a": Listing()}, r"it holds `\w+\.listdir`"),
         (b"", "it is damaged"),
         (b"no", "it is damaged"),
+        (b"\x80\x02h\x05.", "it is damaged"),  # it reads what it has not written
     ],
-    ids=["objects", "empty", "text"],
+    ids=["objects", "empty", "text", "memo"],
 )
 def test_a_legacy_file_that_torch_does_not_trust(tmp_path, content, message):
     path = tmp_path / LEGACY
@@ -298,6 +290,72 @@ def test_a_legacy_file_that_torch_does_not_trust(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message) as refused:
         files.read_weights(path)
     assert "weights_only" not in str(refused.value)  # no advice to run it
+
+
+SHORT = {
+    "strides": (lambda: torch.zeros(1).expand(900), "takes 3,600 bytes, which the file does not"),
+    "sparse": (lambda: torch.eye(2).to_sparse(), "is not a dense tensor"),
+    "meta": (lambda: torch.ones(2, device="meta"), "is quantized, or has no values"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+        "is quantized, or has no values",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates quantized tensors
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_legacy_file_that_claims_more_than_it_holds(tmp_path, kind):
+    make, message = SHORT[kind]
+    torch.save({"b": torch.ones(2), "a": make()}, tmp_path / LEGACY)
+    with pytest.raises(CheckpointError, match=f"`a` {message}.*. Save the adapter in the safetens"):
+        files.read_weights(tmp_path / LEGACY)
+
+
+def test_names_of_one_tensor_in_a_legacy_file(tmp_path):
+    """Tied weights have several; thousands of names would take memory that the file has not."""
+    tied, path = torch.arange(4000.0), tmp_path / LEGACY
+    state = {"a": tied, "b": tied, "c": nn.Parameter(tied), "d": tied[:8], "empty": torch.ones(0)}
+    torch.save(state, path)
+    found = files.read_weights(path)
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    torch.save({str(i): tied for i in range(12)}, path)
+    with pytest.raises(CheckpointError, match="its tensors take more bytes than it has"):
+        files.read_weights(path)
+
+
+def test_a_legacy_file_without_values(tmp_path):
+    torch.save(STATE, tmp_path / LEGACY)
+    found = files.read_weights(tmp_path / LEGACY, "meta")
+    assert {key: (t.shape, t.device.type) for key, t in found.items()} == {
+        key: (t.shape, "meta") for key, t in STATE.items()
+    }
+
+
+def test_a_legacy_file_that_is_an_archive_of_another_kind(tmp_path):
+    """One whose data is packed, in part or all of it, or listed twice; and one of tar."""
+    path, plain = tmp_path / LEGACY, tmp_path / "plain.bin"
+    torch.save({"a": torch.randint(0, 255, (4000,), dtype=torch.uint8)}, plain)
+    assert files.read_weights(plain)["a"].shape == (4000,)
+
+    def written(kind, listed=1):
+        with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
+            for part in source.infolist():
+                is_data = part.filename.endswith("data/0")
+                target.writestr(part.filename, source.read(part), kind if is_data else 0)
+                target.filelist += target.filelist[-1:] * (listed - 1) * is_data
+
+    written(zipfile.ZIP_STORED)
+    assert files.read_weights(path)["a"].shape == (4000,)
+    for change in ((zipfile.ZIP_DEFLATED,), (zipfile.ZIP_STORED, 9)):
+        written(*change)
+        with pytest.raises(CheckpointError, match="its data is compressed, as torch never writes"):
+            files.read_weights(path)
+    plain.write_bytes(b"values")
+    with tarfile.open(path, "w") as archive:
+        archive.add(plain, "storages")
+    with pytest.raises(CheckpointError, match="it is an archive as torch wrote before 2017"):
+        files.read_weights(path)
 
 
 @pytest.mark.parametrize("safe", [True, False])

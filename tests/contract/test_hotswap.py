@@ -4,6 +4,8 @@ compiled models.
 """
 
 import copy
+from contextlib import nullcontext
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import peft
+from peft.base.errors import PeftTypeError, PeftValueError
+from peft.checkpoint import hotswap
+from peft.checkpoint.rank_padding import RankPadding, Unpadded
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
@@ -71,13 +76,19 @@ def same_values(model, folder):
 
 
 def test_a_swapped_adapter_is_the_loaded_one(method, saved):
+    """In the parameters, the memory and the modules that there are, which compiled code knows."""
     model = loaded(saved / "1")
-    before = [id(parameter) for parameter in model.parameters()]
+
+    def places():
+        memory = [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()]
+        return memory, [id(module) for module in model.modules()]
+
+    before = places()
     for folder in (saved / "2", saved / "1", saved / "2"):
         hotswap_adapter(model, folder, "default")
         assert same_values(model, folder)
         assert torch.equal(model(X, **method.call), loaded(folder)(X, **method.call))
-    assert [id(parameter) for parameter in model.parameters()] == before
+    assert places() == before
 
 
 def test_what_is_trainable_stays_so(method, saved):
@@ -314,7 +325,6 @@ def test_a_prepared_model_does_all_that_others_do(method, saved, tmp_path):
     assert same_values(model, saved / "1")
 
 
-@pytest.mark.compile
 def test_preparing_a_model_asks_for_adapters_and_no_compilation(model):
     with pytest.raises(ValueError, match="No adapter layers found"):
         prepare_model_for_compiled_hotswap(mlp())
@@ -349,6 +359,11 @@ def conv():
     return nn.Sequential(*layers[:4]).eval()
 
 
+def conv1d():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(8, 4, 3), nn.Flatten(), nn.Linear(12, 4)).eval()
+
+
 def embedding():
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)).eval()
@@ -359,14 +374,24 @@ NETS = {
     "bias": (base, ["0", "2"], X, {"lora_bias": True}),
     "dora": (base, ["0", "2"], X, {"use_dora": True}),
     "conv": (conv, ["0", "1", "3"], torch.linspace(-1, 1, 2 * 8 * 49).view(2, 8, 7, 7), {}),
+    "conv1d": (conv1d, ["0", "2"], torch.linspace(-1, 1, 2 * 8 * 5).view(2, 8, 5), {}),
     "embedding": (embedding, ["0", "1"], torch.tensor([[1, 2, 8], [0, 0, 3]]), {}),
 }
 
 
-@pytest.mark.compile
+def has_sizes_of_weights(module):
+    """Whether a module's attributes, which it prints, are the sizes of its weight."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features) == module.weight.shape
+    sizes = (module.out_channels, module.in_channels // module.groups)
+    return sizes == module.weight.shape[:2]
+
+
 @pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("prepared", [True, False])
-def test_ranks_and_scales_may_differ(kind, prepared, tmp_path):
+@pytest.mark.parametrize(
+    "how", ["plain", "prepared", pytest.param("compiled", marks=pytest.mark.compile)]
+)
+def test_ranks_and_scales_may_differ(kind, how, tmp_path):
     net, targets, x, fields = NETS[kind]
     variants = {"4": {"r": 4}, "2": {"r": 2, "lora_alpha": 7}, "8": {"r": 8, "use_rslora": True}}
     variants["pattern"] = {"r": 4, "rank_pattern": {"0": 6}, "alpha_pattern": {"1": 11}}
@@ -374,25 +399,63 @@ def test_ranks_and_scales_may_differ(kind, prepared, tmp_path):
         made(METHODS["LORA"], seed, net, target_modules=targets, **fields, **more).save_pretrained(
             tmp_path / name
         )
-    model = loaded(tmp_path / "4", net)
-    if prepared:
+    model = caller = loaded(tmp_path / "4", net)
+    if how != "plain":
         prepare_model_for_compiled_hotswap(model, target_rank=8)
         torch.testing.assert_close(model(x), loaded(tmp_path / "4", net)(x))
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        compiled(x)
+    if how == "compiled":
+        caller = torch.compile(model, backend="eager", fullgraph=True)
+        caller(x)
     for name in ("2", "8", "pattern", "4"):
         hotswap_adapter(model, tmp_path / name, "default")
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(
-                (compiled if prepared else model)(x), loaded(tmp_path / name, net)(x)
-            )
+        strict = torch._dynamo.config.patch(error_on_recompile=True)
+        with strict if how == "compiled" else nullcontext():
+            torch.testing.assert_close(caller(x), loaded(tmp_path / name, net)(x))
         model.save_pretrained(tmp_path / "again")
         assert same_values(model, tmp_path / name)
         assert torch.equal(loaded(tmp_path / "again", net)(x), loaded(tmp_path / name, net)(x))
-    first = model.base_model.model[0]
-    if kind == "linear":
-        a, b = first.lora_A["default"], first.lora_B["default"]
-        assert (a.out_features, b.in_features) == (a.weight.shape[0], b.weight.shape[1])
+        factors = [m for n, m in model.named_modules() if n.endswith(("_A.default", "_B.default"))]
+        assert len(factors) == 2 * (len(targets) - (kind == "embedding"))
+        assert all(map(has_sizes_of_weights, factors))
+
+
+# Dimension of the rank, blocks, shape, size to pad to.
+PADDED = [
+    (0, 1, (2, 3), 5), (1, 1, (2, 3), 4), (1, 2, (2, 4), 6), (0, 2, (4, 3, 2), 8), (1, 3, (2, 3, 2, 2), 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "blocks", "shape", "size"), PADDED)
+def test_padding_puts_zeros_at_the_end_of_each_block(dim, blocks, shape, size):
+    padding, tensor = RankPadding(dim, blocks), torch.randn(shape)
+    zeros = list(shape)
+    zeros[dim] = (size - shape[dim]) // blocks
+    parts = [p for block in tensor.chunk(blocks, dim) for p in (block, torch.zeros(zeros))]
+    padded = padding.pad(tensor, size)
+    assert torch.equal(padded, torch.cat(parts, dim))
+    unpadded = Unpadded(padding, shape[dim])
+    assert torch.equal(unpadded.cut(padded), tensor) and unpadded.cut(padded).is_contiguous()
+    assert torch.equal(unpadded.cut(torch.ones([3] * dim)), torch.ones([3] * dim))  # a bias
+    other = list(shape)
+    other[-1 if dim == 0 else 0] += 1
+    assert padding.differs_in_rank_only(tensor, padded)
+    assert not padding.differs_in_rank_only(tensor, torch.ones(other))
+    assert not padding.differs_in_rank_only(tensor, torch.ones(*shape, 1))
+
+
+def test_ranks_that_can_be_split():
+    both = RankPadding(1, blocks=2, share=3)
+    assert [rank for rank in range(1, 19) if both.allows(rank)] == [6, 12, 18]
+    assert (both.size(18), RankPadding(0).size(5)) == (6, 5)
+
+
+def test_a_target_rank_may_be_the_rank_that_there_is(tmp_path):
+    method = METHODS["LORA"]
+    made(method, 2).save_pretrained(tmp_path)
+    model = made(method, 1)
+    prepare_model_for_compiled_hotswap(model, target_rank=2)
+    hotswap_adapter(model, tmp_path, "default")
+    assert same_values(model, tmp_path)
 
 
 def test_what_fills_up_a_rank_stays_zero_in_training(tmp_path):
@@ -583,3 +646,236 @@ def test_unknown_names_folders_and_options_are_errors(model, saved):
         hotswap_adapter(model, saved / "1", "default", rank=3)
     with pytest.raises(ValueError, match="this model has none"):
         hotswap_adapter(mlp(), saved / "1", "default")
+
+
+# --- edges
+# ------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_trained_beside_comes_with_the_adapters_name_too():
+    """As from `state_dict()` of a model, with full modules and rows of embeddings."""
+    fields = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [3, 5],
+    }
+    method, ids = METHODS["LORA"], torch.tensor([[1, 3, 5, 7]])
+    source, model = (made(method, seed, lambda: _seeded(llama), **fields) for seed in (1, 2))
+    with torch.no_grad():
+        for parameter in (p for p in source.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter))
+    state = {k: t.clone() for k, t in source.state_dict().items() if "default" in k.split(".")}
+    assert any("modules_to_save.default" in key for key in state)
+    hotswap_adapter_from_state_dict(model, state, "default", source.peft_config["default"])
+    expected = source(ids).logits
+    assert torch.equal(model(ids).logits, expected)
+    for tensor in state.values():  # the model has values of its own
+        tensor.zero_()
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adapter_may_have_the_name_of_a_module(named):
+    method = METHODS["LORA"]
+    config = method.config(target_modules=TARGETS, r=4)
+    models = []
+    for seed in (1, 2):
+        net = base()
+        torch.manual_seed(seed)
+        models.append(peft.get_peft_model(net, copy.deepcopy(config), "0").eval())
+    model, source = models
+    state = peft.get_peft_model_state_dict(source, adapter_name="0")
+    if named:
+        state = {k: t for k, t in source.state_dict().items() if "lora" in k}
+    hotswap_adapter_from_state_dict(model, state, "0", source.peft_config["0"])
+    assert torch.equal(model(X), source(X))
+
+
+def test_larger_tensors_are_copies_too():
+    method = METHODS["LORA"]
+    source, model = made(method, 2, r=4), made(method, 1)
+    state = {key: t.clone() for key, t in peft.get_peft_model_state_dict(source).items()}
+    model(X).sum().backward()
+    hotswap_adapter_from_state_dict(model, state, "default", source.peft_config["default"])
+    assert all(p.grad is None for p in model.parameters() if p.requires_grad)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(model(X), source(X))
+
+
+def test_modules_stay_unless_their_settings_changed(tmp_path):
+    """Compiled code tells modules by their identity."""
+    method = METHODS["LORA"]
+    for p in (0.0, 0.5, 0.7):
+        made(method, 2, lora_dropout=p).save_pretrained(tmp_path / str(p))
+    model = made(method, 1, lora_dropout=0.5)
+    layer = model.base_model.model[0]
+    before = layer.lora_dropout["default"]
+    hotswap_adapter(model, tmp_path / "0.5", "default")
+    assert layer.lora_dropout["default"] is before
+    for p in (0.7, 0.0, 0.5):
+        hotswap_adapter(model, tmp_path / str(p), "default")
+        assert repr(layer.lora_dropout) == repr(
+            loaded(tmp_path / str(p)).base_model.model[0].lora_dropout
+        )
+
+
+def test_embeddings_in_a_file_are_swapped_too(tmp_path):
+    method, ids = METHODS["LORA"], torch.tensor([[1, 3, 5, 7]])
+    source, model = (
+        made(method, i, lambda: _seeded(llama), target_modules=["q_proj"]) for i in (1, 2)
+    )
+    with torch.no_grad():
+        source.get_input_embeddings().weight.normal_()
+    source.save_pretrained(tmp_path, save_embedding_layers=True)
+    hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(ids).logits, source(ids).logits)
+
+
+def test_tensors_that_a_config_does_not_speak_of_are_an_error():
+    method = METHODS["LORA"]
+    source, model = (made(method, seed, use_dora=True) for seed in (1, 2))
+    before, config = snapshot(model), copy.deepcopy(source.peft_config["default"])
+    config.use_dora = False
+    with pytest.raises(
+        RuntimeError,
+        match=r"lora_magnitude_vector(\.weight)?`: by its config the checkpoint would not have it",
+    ):
+        hotswap_adapter_from_state_dict(
+            model, peft.get_peft_model_state_dict(source), "default", config
+        )
+    assert_unchanged(before, model)
+
+
+def test_norms_are_not_silent(tmp_path):
+    """With DoRA a layer without an adapter is not one with factors of zero."""
+    method = METHODS["LORA"]
+    made(method, 2, use_dora=True, target_modules=["0"]).save_pretrained(tmp_path)
+    refused(
+        made(method, 1, use_dora=True), tmp_path, "`2`: the checkpoint has nothing for this layer"
+    )
+
+
+def test_settings_that_are_long_are_named_alone(tmp_path):
+    method = METHODS["LOKR"]
+    fields = {"decompose_both": True, "decompose_factor": 2}
+    made(method, 2, rank_pattern={"0": 1}, **fields).save_pretrained(tmp_path)
+    refused(made(method, 1, **fields), tmp_path, "The configs differ in `rank_pattern`, `")
+
+
+def test_eight_problems_are_listed():
+    def deep():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(10)))
+
+    method, targets = METHODS["LORA"], [str(i) for i in range(10)]
+    source, model = (made(method, i, deep, target_modules=targets) for i in (1, 2))
+    for wrong, end in ((10, "; and 2 more."), (9, "; and 1 more."), (8, "[8, 2].")):
+        state = peft.get_peft_model_state_dict(source)
+        for key in [key for key in state if "lora_A" in key][:wrong]:
+            state[key] = state[key][:, :3]
+        with pytest.raises(RuntimeError) as refusal:
+            hotswap_adapter_from_state_dict(model, state, "default", source.peft_config["default"])
+        text = str(refusal.value)
+        assert text.count("which its config says is") == 8
+        assert text.endswith("more.") == (wrong > 8) and (wrong == 8 or text.endswith(end))
+
+
+def test_a_wrong_config_is_refused(method):
+    source, model = made(method, 2), made(method, 1)
+    config, before = copy.deepcopy(source.peft_config["default"]), snapshot(model)
+    config.r = -1
+    with pytest.raises(PeftValueError, match="`r`=-1 must be an integer"):
+        hotswap_adapter_from_state_dict(
+            model, peft.get_peft_model_state_dict(source), "default", config
+        )
+    assert_unchanged(before, model)
+    for each in (first := peft.LoraConfig(), second := peft.LoraConfig()):
+        each.peft_type = "IA3"
+    with pytest.raises(PeftValueError, match="'IA3' is not provided"):
+        check_hotswap_configs_compatible(first, second)
+    with pytest.raises(PeftTypeError, match="must be a torch module|nn.Module"):
+        hotswap_adapter("model", "folder", "default")
+
+
+def test_what_is_wrong_with_the_call_is_said_before_a_file_is_read(method, tmp_path):
+    other = next(METHODS[name] for name in sorted(METHODS) if name != kind_of(method))
+    made(other, 2).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    model = made(method, 1)
+    refused(model, tmp_path, "Incompatible PEFT types found", ValueError)
+    with pytest.raises(ValueError, match="Adapter x not found; this model has default"):
+        hotswap_adapter(model, "nowhere", "x")
+
+
+def test_what_can_not_be_swapped_is_refused_while_calls_run(tmp_path):
+    """At once: nobody waits for the end of calls, to be told then."""
+    model, other = made(METHODS["LORA"], 1), METHODS["LOKR"]
+    made(other, 2).save_pretrained(tmp_path)
+    running, begun, ended = model.base_model.running_calls, Event(), Event()
+    running.patience = 0.0
+
+    def call():
+        with running.during(None):
+            begun.set()
+            assert ended.wait(60)
+
+    thread = Thread(target=call)
+    thread.start()
+    assert begun.wait(60)
+    try:
+        refused(model, tmp_path, "Incompatible PEFT types found", ValueError)
+        for name, message in (("default", "Incompatible PEFT types"), ("x", "x not found")):
+            with pytest.raises(ValueError, match=message):
+                hotswap_adapter_from_state_dict(model, {}, name, other.config())
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("change", ["deleted", "another method"])
+def test_an_adapter_that_changes_while_the_file_is_read(change, tmp_path, monkeypatch):
+    made(METHODS["LORA"], 2).save_pretrained(tmp_path)
+    model = peft.get_peft_model(
+        base(), METHODS["LOHA"].config(target_modules=["4"]), "other", mixed=True
+    )
+    model.add_adapter("x", METHODS["LORA"].config(target_modules=TARGETS))
+    read = hotswap.load_peft_weights
+
+    def changed(*args, **options):
+        model.delete_adapter("x")
+        if change == "another method":
+            model.add_adapter("x", METHODS["LOKR"].config(target_modules=TARGETS))
+        return read(*args, **options)
+
+    monkeypatch.setattr(hotswap, "load_peft_weights", changed)
+    message = "Adapter x not found" if change == "deleted" else "Incompatible PEFT types found"
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter(model, tmp_path, "x")
+
+
+def test_a_swap_during_a_save_in_a_subfolder_is_of_one_save(tmp_path, monkeypatch):
+    """Not the config of one save with the weights of the next."""
+    method = METHODS["LORA"]
+    made(method, 2, lora_alpha=4).save_pretrained(tmp_path / "sub")
+    new, saves, read = made(method, 3, lora_alpha=64), [1], hotswap.load_peft_weights
+
+    def interrupted(*args, **options):
+        while saves:
+            saves.pop()
+            new.save_pretrained(tmp_path / "sub")
+        return read(*args, **options)
+
+    monkeypatch.setattr(hotswap, "load_peft_weights", interrupted)
+    model = made(method, 1)
+    hotswap_adapter(model, tmp_path, "default", subfolder="sub")
+    torch.testing.assert_close(model(X), new(X))
+
+
+def test_an_adapter_inside_wrappers_is_swapped(method, saved):
+    model = loaded(saved / "1")
+    hotswap_adapter(torch.compile(model, backend="eager"), saved / "2", "default")
+    assert same_values(model, saved / "2")
+    parallel = nn.DataParallel(model)
+    hotswap_adapter(parallel, saved / "1", "default")
+    assert same_values(model, saved / "1")

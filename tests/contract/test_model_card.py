@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md beside an adapter, read by huggingface_hub."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import yaml
+from helpers.locks import is_locked
 from helpers.methods import METHODS
 from helpers.models import TARGETS, mlp
 from huggingface_hub import ModelCard
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, __version__, get_peft_model
+from peft.checkpoint.model_card import update_model_card
 
 OURS = (
     "tags:\n- mine\n- lokr\nlicense: mit\nlanguage: [en, 日本]\nempty: null\nlist: [1, 2.5, yes]\n"
@@ -73,3 +78,54 @@ def test_metadata_that_cannot_be_read_is_left_alone(model, text, tmp_path):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert PeftModel.from_pretrained(mlp(), tmp_path).peft_config["default"].r == 2
+
+
+def card_of(folder, adapter, **fields):
+    update_model_card(folder, adapter, SimpleNamespace(**fields))
+    card = ModelCard.load(folder / "README.md")
+    return card.data.to_dict(), card.text
+
+
+def test_a_card_names_the_base_model_and_the_use(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="me/base")
+    base = SimpleNamespace(_name_or_path="me/base")
+    tags = ["base_model:adapter:me/base", "lora", "mine", "transformers"]
+    data = {
+        "library_name": "peft",
+        "base_model": "me/base",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    text = (
+        "\n# LORA adapter\n\nAn adapter for me/base. Load it with "
+        "`PeftModel.from_pretrained(base_model, folder)`.\n\n"
+        f"### Framework versions\n\n- PEFT {__version__}\n"
+    )
+    assert card_of(tmp_path, config, config=base, model_tags=["mine"]) == (data, text)
+    # What its owner says of the use stays; the base model is that of the adapter.
+    (tmp_path / "README.md").write_text(
+        "---\npipeline_tag: other\nbase_model: old\ntags: word\n---\nText"
+    )
+    data |= {"pipeline_tag": "other", "tags": sorted([*tags[:2], "transformers", "word"])}
+    assert card_of(tmp_path, config, config=base) == (data, "Text")
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_a_card_does_not_say_what_is_not_known(tmp_path, task_type):
+    for fields in ({}, {"config": SimpleNamespace(), "model_tags": None}):
+        data, text = card_of(tmp_path, LoraConfig(task_type=task_type), **fields)
+        assert data == {"library_name": "peft", "tags": ["lora"]}
+        assert "An adapter for its base model. Load it" in text
+
+
+def test_a_card_is_written_under_the_lock_of_its_folder(model, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    held = []
+
+    def replacing(source, target, replace=os.replace):
+        held.append((os.path.basename(target), is_locked(tmp_path)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    model.save_pretrained(tmp_path)
+    assert ("README.md", True) in held and all(is_held for _, is_held in held)

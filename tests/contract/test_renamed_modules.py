@@ -9,6 +9,7 @@ as the earlier version wrote it.
 import copy
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.checkpoint.renamed_modules import ModuleNames, names_in_files, rules_of
 from peft.utils.hotswap import hotswap_adapter
 
 TEXT = {
@@ -339,3 +341,35 @@ def test_a_config_of_today_is_left_alone():
     config = LoraConfig(target_modules=["q_proj"])
     inject_adapter_in_model(config, model)
     assert config.target_modules == {"q_proj"}
+
+
+def test_rules_are_those_of_the_outermost_models(monkeypatch):
+    model = nn.ModuleDict({"a": clip_text(), "b": llava(), "c": nn.ModuleDict({"d": vit()})})
+    rules = list(rules_of(model))
+    assert [rule.root for rule in rules] == ["a.", "b.", "c.d."]
+    (alone,) = rules_of(
+        get_peft_model(llava(), LoraConfig(target_modules=["q_proj"])).base_model.model
+    )
+    assert alone.root == "" and alone.prefix == rules[1].prefix == "model"
+    assert alone.names == rules[1].names
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert name in alone.names and "model.language_model.weight" not in alone.names
+    assert list(rules_of(tower(True))) == []
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)  # of version 4
+    assert list(rules_of(model)) == []
+
+
+def test_former_names_of_modules():
+    """By hand; files of other programs have those of encoders that lost a part of their path."""
+    today = "model.language_model.layers.1.self_attn.q_proj"
+    for root in ("", "encoder."):
+        names = ModuleNames(inside() if root else llava())
+        before = names.before()
+        assert before[root + today] == f"{root}language_model.model.layers.1.self_attn.q_proj"
+        assert names.now(before[root + today]) == names.now(root + today) == root + today
+        assert names.now("model.none") is None
+    text = clip_text()
+    paths = [path for path, module in text.named_modules() if path and module._parameters]
+    found = names_in_files(text)
+    assert {path: found[path] for path in paths} == {path: f"text_model.{path}" for path in paths}
+    assert names_in_files(llava()) == {}

@@ -22,6 +22,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.base.errors import CheckpointError, PeftTypeError
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -604,3 +605,130 @@ def test_a_load_that_fails_leaves_the_config_that_it_is_given(method, tmp_path):
     with pytest.raises(RuntimeError, match="0"):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(16, 24)), tmp_path, config=config)
     assert vars(config) == before
+
+
+def test_the_base_models_weights_are_exchanged_below_adapters(method, tmp_path):
+    """The oracle loads the adapter on the other weights."""
+    torch.manual_seed(0)
+    config = method.config(target_modules=TARGETS, modules_to_save=["4"])
+    model, other, x = get_peft_model(mlp(), config).eval(), mlp(), torch.randn(3, 8)
+    model.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    expected = PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)(x, **method.call)
+    assert not torch.allclose(model(x, **method.call), expected)
+    assert peft.set_base_model_state_dict(model, state) == ([], [])
+    torch.testing.assert_close(model(x, **method.call), expected)
+    found = peft.get_base_model_state_dict(model)
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    for tensor in state.values():  # the model has values of its own
+        tensor.zero_()
+    torch.testing.assert_close(model(x, **method.call), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_weights_of_another_base_model_are_refused(method):
+    model = get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    state, before = mlp().state_dict(), copy.deepcopy(model.state_dict())
+    part = {name: state[name] for name in ("0.weight", "0.bias")}
+    calls = {
+        "Missing keys: .*2.weight": part,
+        "Unexpected keys: more": state | {"more": torch.ones(1)},
+        "size mismatch for 0.weight: found shape .2, 2. in": state | {"0.weight": torch.ones(2, 2)},
+    }
+    for message, given in calls.items():
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            peft.set_base_model_state_dict(model, given)
+        assert "'state_dict' does not hold" in str(refusal.value) or "size" in message
+    for given, message in (
+        ([], "`state_dict` must be a dictionary of tensors, got <class 'list'>"),
+        ({"0.weight": [1.0]}, r"`0.weight` must be a tensor, not \[1.0\]; nothing was changed"),
+    ):
+        with pytest.raises(PeftTypeError, match=message):
+            peft.set_base_model_state_dict(model, given)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    result = peft.set_base_model_state_dict(model, part | {"more": torch.ones(1)}, strict=False)
+    assert set(result.missing_keys) == state.keys() - part.keys()
+    assert result.unexpected_keys == ["more"]
+    found = peft.get_base_model_state_dict(model)
+    assert {name for name in state if torch.equal(found[name], state[name])} == part.keys()
+
+
+def test_what_is_no_state_of_an_adapter(model):
+    with pytest.raises(
+        PeftTypeError,
+        match="`peft_model_state_dict` must be a dictionary .*`load_peft_weights` reads",
+    ):
+        set_peft_model_state_dict(model, [1])
+    plain = {f"{name}.weight": torch.ones(1) for name in "abcd"}
+    with pytest.raises(
+        CheckpointError,
+        match=r"no tensors of adapter default; it holds `a.*`, `b.*`, `c.weight`, …$",
+    ):
+        get_peft_model_state_dict(model, state_dict=plain)
+    assert get_peft_model_state_dict(model, state_dict={}) == {}  # of a process that has nothing
+
+
+def test_an_adapter_without_memory_is_filled_whole_or_not_at_all(method):
+    source = get_peft_model(mlp(), method.config(target_modules=TARGETS))
+    model = get_peft_model(mlp(), method.config(target_modules=TARGETS), low_cpu_mem_usage=True)
+    state = {key: t.clone() for key, t in get_peft_model_state_dict(source).items()}
+    first = next(key for key in state if "vector_bank" not in key)
+    with pytest.raises(CheckpointError, match="would stay on the meta device.*Missing: .*0."):
+        set_peft_model_state_dict(model, {k: t for k, t in state.items() if k != first})
+    assert all(p.is_meta for p in own(model).values())
+    assert set_peft_model_state_dict(model, state) == ([], [])
+    for tensor in state.values():
+        tensor.zero_()
+    found, expected = get_peft_model_state_dict(model), get_peft_model_state_dict(source)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert trainable(model) == trainable(source)
+
+
+def test_biases_of_a_file_go_to_an_adapter_that_trains_none():
+    x = torch.randn(3, 8)
+    torch.manual_seed(0)
+    base = mlp()
+    source = get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0"], bias="all"))
+    with torch.no_grad():
+        for parameter in (p for p in source.parameters() if p.requires_grad):
+            parameter.normal_()
+    model = get_peft_model(base, peft.LoraConfig(target_modules=["0"])).eval()
+    state = get_peft_model_state_dict(source)
+    assert set_peft_model_state_dict(model, state | {"4.bias": torch.ones(8)}) == ([], ["4.bias"])
+    torch.testing.assert_close(model(x), source.eval()(x))
+
+
+def test_copies_of_a_full_module_are_passed_over(method):
+    """Other writers save such a module under the names of its parts too, and all biases of all."""
+    source = get_peft_model(mlp(), method.config(target_modules=["0"], modules_to_save=["4"]))
+    model = get_peft_model(mlp(), method.config(target_modules=["0"], modules_to_save=["4"]))
+    state = {key: t.clone() for key, t in get_peft_model_state_dict(source).items()}
+    head = "base_model.model.4"
+    copies = {
+        f"{head}.{part}.{name}": torch.zeros_like(state[f"{head}.{name}"])
+        for part in ("original_module", "modules_to_save")
+        for name in ("weight", "bias")
+    }
+    assert set_peft_model_state_dict(model, state | copies) == ([], [])
+    found = get_peft_model_state_dict(model)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    plain = get_peft_model(mlp(), method.config(target_modules=["0"]))
+    left = {key: tensor for key, tensor in state.items() if not key.startswith(head)}
+    assert set_peft_model_state_dict(plain, left | copies) == (
+        [], [f"{head}.{part}.weight" for part in ("original_module", "modules_to_save")]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapted_embedding_is_saved_with_its_adapter(target, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", target], init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    with pytest.warns(UserWarning, match="`True` as embedding layers found in `target_modules`"):
+        state = get_peft_model_state_dict(model)
+    (key,) = (key for key in state if "lora_" not in key)
+    assert key.startswith("base_model.model.") and key.endswith(f"{target}.base_layer.weight")
+    assert torch.equal(state[key], model.state_dict()[key])
+    assert not any("base_layer" in key for key in get_peft_model_state_dict(
+        model, save_embedding_layers=False
+    ))  # fmt: skip

@@ -211,11 +211,7 @@ def find_file(source: str | os.PathLike, names: tuple[str, ...], hub_options: Hu
 def _download(repository: str, names: tuple[str, ...], options: HubOptions) -> Path:
     """Return the path of the first of `names` in a repository on the Hub or its local cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     problem: Exception = FileNotFoundError(repository)
     for name in names:
@@ -225,7 +221,7 @@ def _download(repository: str, names: tuple[str, ...], options: HubOptions) -> P
             problem, options = error, {**options, "local_files_only": True}
         except EntryNotFoundError as error:
             problem = error
-        except (HFValidationError, OSError, ValueError) as error:
+        except ValueError as error:  # it is no name of a repository
             problem = error
             break
     if isinstance(problem, OSError):

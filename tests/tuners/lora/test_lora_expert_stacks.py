@@ -153,10 +153,23 @@ def test_an_expression_for_former_names():
     assert not plain.peft_config["default"].target_parameters
 
 
-def test_transformers_own_loading(tmp_path):
+@pytest.mark.parametrize(
+    ("parts", "targets"),
+    [
+        ((0, 1, 2), None),
+        ((0, 1), None),
+        ((2,), None),
+        ((0, 1, 2), r".*\.(q_proj|gate|w1|w2|w3)"),
+        ((0, 1), r".*\.(q_proj|gate|w1|w3)"),
+    ],
+)
+def test_transformers_own_loading(parts, targets, tmp_path):
+    """Of a stack, or of two of one module, by names and by an expression."""
     base, ids = mixture("mixtral"), tokens()
-    deltas = former("mixtral", base, tmp_path)
+    fields = {} if targets is None else {"target_modules": targets}
+    deltas = former("mixtral", base, tmp_path, parts=parts, **fields)
     model = copy.deepcopy(base)
-    model.load_adapter(str(tmp_path))
+    found = model.load_adapter(str(tmp_path))
+    assert not found.missing_keys and not found.unexpected_keys
     expected = with_deltas(base, deltas, input_ids=ids)
     torch.testing.assert_close(model(ids).logits, expected, **ROUNDED)
