@@ -228,6 +228,10 @@ def _set_defaults(live: FunctionType, arguments: ast.arguments) -> None:
 
 
 def _value(node: ast.expr, old: object) -> object:
+    """Return a default that is made of constants, such as `1 << 30`."""
+    parts = (ast.Constant, ast.BinOp, ast.operator)
+    if all(isinstance(part, parts) for part in ast.walk(node)):
+        return eval(compile(ast.Expression(node), "", "eval"))
     try:
         return ast.literal_eval(node)
     except ValueError:
