@@ -24,6 +24,7 @@ from ...config import (
     probability,
 )
 from ...core.replication import problems as replication_problems
+from ...core.targets import pattern_value
 from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, StartConfig
 from .starts.files import (
     FROM_DATA,
@@ -250,6 +251,14 @@ class LoraConfig(TargetedConfig):
         return isinstance(start, str) and (
             start.startswith(("pissa", "olora")) or start in FROM_DATA or start == "loftq"
         )
+
+    def rank_at(self, path: str) -> int:
+        """Return the rank of the adapter on the module at a path."""
+        return pattern_value(self.rank_pattern or {}, path, self.r)
+
+    def alpha_at(self, path: str) -> float:
+        """Return `lora_alpha` of the adapter on the module at a path."""
+        return pattern_value(self.alpha_pattern or {}, path, self.lora_alpha)
 
     @property
     def offloads_ephemerally(self) -> bool:

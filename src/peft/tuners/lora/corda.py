@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...base.errors import CheckpointError, PeftError, PeftValueError
 from ...base.progress import track
-from ...core import targets as _targets
 from ...core.measuring import watched_inputs
 from ...core.weights import dense_weight
 from .config import LoraConfig
@@ -74,10 +73,7 @@ def preprocess_corda(
             f"{lora_config.init_lora_weights!r}."
         )
     layers = linear_targets(model, lora_config)
-    ranks = {
-        path: _targets.pattern_value(lora_config.rank_pattern or {}, path, lora_config.r)
-        for path in layers
-    }
+    ranks = {path: lora_config.rank_at(path) for path in layers}
     counts: dict[str, int] = {}
     covariances: dict[str, Tensor] = {}
     if (state := read_cache(options.cache_file)) is not None:

@@ -85,8 +85,7 @@ def _config_with_ranks(
     ranks, alphas = {}, {}
     options = config.eva_config
     for path in layers:
-        r = _targets.pattern_value(config.rank_pattern or {}, path, config.r)
-        alpha = _targets.pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
+        r, alpha = config.rank_at(path), config.alpha_at(path)
         ranks[path] = len(directions[path]) if path in directions else r
         keeps = options is None or options.adjust_scaling_factors
         alphas[path] = alpha * ranks[path] / r if keeps and ranks[path] != r else alpha

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftValueError, warn
 from ...base.progress import remark, track
-from ...core import targets as _targets
 from ...core.base_layer import geometry
 from ...core.measuring import watched_inputs
 from ...integrations.distributed import gathered_rows
@@ -126,8 +125,7 @@ class Survey:
         first_with: dict[tuple[object, ...], str] = {}
         limits: dict[str, int] = {}
         for path, layer in self.layers.items():
-            plain = path.removeprefix(MODEL_ROOT)
-            r = _targets.pattern_value(self.config.rank_pattern or {}, plain, self.config.r)
+            r = self.config.rank_at(path.removeprefix(MODEL_ROOT))
             self.budget += r
             leader = self.leaders[path] = first_with.setdefault(digests[path], path)
             size = geometry(layer)

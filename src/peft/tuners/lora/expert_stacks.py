@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...base.errors import CheckpointError
 from ...checkpoint.format import FusedPart
-from ...core.targets import pattern_value
 from .config import LoraConfig
 
 
@@ -80,10 +79,7 @@ def stack_experts(
 
 
 def _size(config: LoraConfig, path: str) -> _Size:
-    return _Size(
-        pattern_value(config.rank_pattern or {}, path, config.r),
-        pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
-    )
+    return _Size(config.rank_at(path), config.alpha_at(path))
 
 
 def _common_scale(config: LoraConfig, sizes: Sequence[_Size]) -> float:

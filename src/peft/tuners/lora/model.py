@@ -28,7 +28,6 @@ from ...core.parameter_layer import ParameterLayer
 from ...core.parameter_targets import ParameterTarget
 from ...core.plan import Plan
 from ...core.replication import Undo, replicate
-from ...core.targets import pattern_value
 from ...core.tuner import BaseTuner
 from ...integrations.quantization import quantizer
 from . import combining, starting, tied
@@ -186,8 +185,8 @@ class LoraModel(BaseTuner[LoraConfig]):
         starts = build.found if isinstance(build.found, Mapping) else {}
         return {
             "start": starts.get(path),
-            "r": pattern_value(config.rank_pattern or {}, path, config.r),
-            "lora_alpha": pattern_value(config.alpha_pattern or {}, path, config.lora_alpha),
+            "r": config.rank_at(path),
+            "lora_alpha": config.alpha_at(path),
         }
 
     def target_problems(self, config: LoraConfig, path: str, module: nn.Module) -> Iterator[str]:
@@ -198,8 +197,7 @@ class LoraModel(BaseTuner[LoraConfig]):
                 "`alora_invocation_tokens` is for layers that see tokens one by one, not for "
                 "convolutions."
             )
-        r = pattern_value(config.rank_pattern or {}, path, config.r)
-        alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
+        r = config.rank_at(path)
         if config.use_dora and isinstance(module, BaseTunerLayer):
             yield "`use_dora`=True is for layers that no other method adapts."
         if lookup is not None:
@@ -218,7 +216,7 @@ class LoraModel(BaseTuner[LoraConfig]):
                     "another rank or target."
                 )
         if size is not None:
-            yield from starting.problems(config, size, r, alpha)
+            yield from starting.problems(config, size, r, config.alpha_at(path))
         if lookup is None and config.init_lora_weights == "orthogonal" and r % 2:
             yield f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
 
