@@ -26,7 +26,7 @@ from ...config import (
 from ...core.replication import problems as replication_problems
 from ...core.targets import pattern_value
 from .starts.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, StartConfig
-from .starts.files import (
+from .starts.kinds import (
     FROM_DATA,
     IN_FILE,
     REPEATABLE,

@@ -32,6 +32,7 @@ from ...core.tuner import BaseTuner
 from ...integrations.quantization import quantizer
 from . import combining, starting, tied
 from .activation import CALL_ARGUMENTS, Activation
+from .base import Start
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig
 from .conversion import convert_to_lora
@@ -48,7 +49,8 @@ from .layer import (
     ParamWrapper,
 )
 from .multihead_attention import OutProjection
-from .starts.files import is_in_file, with_start, without_start
+from .starts.files import with_start, without_start
+from .starts.kinds import is_in_file
 from .torchao import TorchaoLoraLinear
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -360,7 +362,7 @@ class LoraModel(BaseTuner[LoraConfig]):
             )
         return config, state
 
-    def _starts(self, adapter_name: str) -> dict[str, nn.Module]:
+    def _starts(self, adapter_name: str) -> dict[str, Start]:
         """Return what an adapter's layers started from, by path."""
         return {
             outer_path(path): layer.lora_start[adapter_name]

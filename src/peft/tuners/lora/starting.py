@@ -19,8 +19,9 @@ from ...core.weights import is_quantized, put_weight
 from .base import LoraLayer
 from .config import LoraConfig
 from .factors import Factors
-from .starts.files import FROM_DATA, IN_FILE, start_of
+from .starts.files import start_of
 from .starts.first import EIGENS, GRADIENT, LEFT_ON_LAYERS
+from .starts.kinds import FROM_DATA, IN_FILE
 
 _DATA = {"corda": (EIGENS, "preprocess_corda"), "lora_ga": (GRADIENT, "preprocess_loraga")}
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initializations of LoRA that need more than random numbers: a file for each, and `files` for how
-they are saved.
+"""Initializations of LoRA that need more than random numbers: a file for each. `files`
+has those that readers can't compute in an adapter's file, and `kinds` tells which these are.
 
 | file | `init_lora_weights` | the factors come from |
 |---|---|---|

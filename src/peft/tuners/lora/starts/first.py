@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..config import LoraConfig
 from ..factors import Factors
-from .configs import LoftQConfig, LoraGAConfig
+from .configs import LoftQConfig
 from .corda import CordaEigens
 from .gradient import GRADIENT, gradient_factors
 from .loftq import QuantizedWeight, loftq
@@ -17,14 +18,6 @@ from .weight import olora, pissa
 # Attributes that `preprocess_corda` and `preprocess_loraga` leave on base layers.
 EIGENS = "eigens"
 LEFT_ON_LAYERS = (EIGENS, GRADIENT)
-
-
-class StartOptions(Protocol):
-    """The fields of a config that a start depends on."""
-
-    init_lora_weights: bool | str
-    loftq_config: dict
-    lora_ga_config: LoraGAConfig | None
 
 
 class First(NamedTuple):
@@ -38,7 +31,7 @@ class First(NamedTuple):
 
 
 def first_factors(
-    base: nn.Module, W: Tensor, r: int, scale: float, config: StartOptions
+    base: nn.Module, W: Tensor, r: int, scale: float, config: LoraConfig
 ) -> First | None:
     """Return the first factors of a linear layer, None if its start needs data that it lacks.
 
