@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from .base.tables import alike, table
 from .config import PeftConfig, check_config
 from .core import plan as _plan
@@ -210,7 +210,7 @@ def _adapter_plan(tuner: BaseTuner, adapter_name: str, config: PeftConfig) -> Ad
     build = build_adapter(tuner, targets, Construction(device=torch.device("meta")))
     tensors = {id(tensor): tensor for _, tensor in build.named_tensors()}
     return AdapterPlan(
-        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        method=PeftType(config.peft_type).value,
         layers=[
             _layer_plan(path, layer, adapter_name, config) for path, layer in build.named_layers()
         ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from .base.plain_values import JsonObject
 from .base.progress import track
+from .base.registry import PeftType
 from .base.tables import table
 from .base.validation import at_least, check_flags
 from .config import PeftConfig
@@ -134,7 +135,7 @@ def time_adapter(
     times = [(value, median(with_adapter)) for value, with_adapter in zip(base, own, strict=True)]
     device = next(model.parameters()).device
     return StepTimes(
-        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        method=PeftType(config.peft_type).value,
         device=str(device),
         forward=times[0],
         training=times[1] if training else None,

@@ -10,6 +10,7 @@ from torch import nn
 
 from .._version import __version__
 from ..base.errors import warn
+from ..base.registry import PeftType
 from .files import alone_in, write_text
 from .protocols import AdapterConfig
 
@@ -43,7 +44,7 @@ def update_model_card(folder: Path, config: AdapterConfig, model: nn.Module) -> 
         tags.update(("transformers", f"base_model:adapter:{name}"))
     if config.task_type is not None and config.task_type in _PIPELINES:
         data.setdefault("pipeline_tag", _PIPELINES[config.task_type])
-    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    method = PeftType(config.peft_type).value.lower()
     data["tags"] = sorted({*tags, method})
     metadata = yaml.dump(
         {k: v for k, v in data.items() if v is not None}, sort_keys=False, allow_unicode=True

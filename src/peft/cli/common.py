@@ -20,7 +20,7 @@ from torch import nn
 
 from ..base.errors import PeftValueError
 from ..base.plain_values import JsonObject
-from ..base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup, registered_methods
+from ..base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, lookup, registered_methods
 from ..base_models import meta_model
 from ..checkpoint.files import CONFIG_NAME, read_json
 from ..config import PeftConfig
@@ -192,8 +192,8 @@ def check_task(config: PeftConfig, tasks: Sequence[str]) -> None:
         names = getattr(config, "task_names", None) or [f"0 to {number - 1}"]
         raise click.UsageError(f"Pass `--task`: the adapter has {number}: {', '.join(names)}.")
     if tasks and not hasattr(config, "n_tasks") and not hasattr(config, "experts"):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise click.UsageError(f"`--task` is for adapters with tasks; this one is {kind}.")
+        method = PeftType(config.peft_type).value
+        raise click.UsageError(f"`--task` is for adapters with tasks; this one is {method}.")
 
 
 def task_of(tasks: Iterable[str]) -> int | str | dict[int | str, float] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.constants import MODEL_ROOT
 from ..base.containers import walk
 from ..base.errors import PeftError, PeftValueError, UnsupportedModuleError
+from ..base.registry import PeftType
 from ..base.tables import alike, table
 from ..base.validation import check_adapter
 from ..checkpoint.files import write_adapter
@@ -57,7 +58,7 @@ class Conversion(tuple[C, dict[str, Tensor]], Generic[C]):
 
     def _size(self) -> str:
         """Return method, rank, numbers and error in words."""
-        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        method = PeftType(self.config.peft_type).value
         number = sum(tensor.numel() for tensor in self.state_dict.values())
         total: float | None = getattr(self, "error", None)
         error = "" if total is None else f", error {total:.3g}"

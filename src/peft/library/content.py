@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..base.constants import CONFIG_NAME
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftError
-from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
+from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ..checkpoint.files import read_config_text, read_weights, writable
 from ..checkpoint.hub import HubOptions, of_one_save
 from ..checkpoint.layout import TensorLayout, read_layout
@@ -50,7 +50,7 @@ class LoadedAdapter(NamedTuple):
     shared: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
-        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        method = PeftType(self.config.peft_type).value
         number = sum(tensor.numel() for tensor in self.tensors.values())
         banks = f", {len(self.shared)} shared" if self.shared else ""
         return f"LoadedAdapter({method}, {len(self.tensors)} tensors, {number:,} parameters{banks})"
