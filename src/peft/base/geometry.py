@@ -20,12 +20,14 @@ class Geometry:
         in_features: Columns of the weight; of a convolution, the input channels of a group.
         kernel_size: Empty unless the layer is a convolution.
         transposed: True if the weight is stored `[in, out]`, as in transformers' `Conv1D`.
+        groups: Groups of a convolution.
     """
 
     out_features: int
     in_features: int
     kernel_size: tuple[int, ...] = ()
     transposed: bool = False
+    groups: int = 1
 
     @property
     def is_conv(self) -> bool:

@@ -28,7 +28,10 @@ def geometry(module: nn.Module) -> Geometry | None:
     module = innermost(module)
     if isinstance(module, _Convolution):
         return Geometry(
-            module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size)
+            module.out_channels,
+            module.in_channels // module.groups,
+            tuple(module.kernel_size),
+            groups=module.groups,
         )
     if is_conv1d(module):
         weight = cast(Tensor, module.weight)

@@ -248,7 +248,7 @@ def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> Non
     check_convertible(layers, adapter_name)
     if decomposed := [path for path, own in layers.items() if own.decomposition(adapter_name)]:
         raise _decomposed(f"`{decomposed[0]}`")
-    if unfit := [path for path, own in layers.items() if _is_grouped(own)]:
+    if unfit := [path for path, layer in layers.items() if layer.geometry.groups > 1]:
         raise UnsupportedModuleError(f"`{unfit[0]}` is a convolution in groups.")
 
 
@@ -257,10 +257,6 @@ def _decomposed(subject: str) -> PeftNotSupportedError:
         f"{subject} has weight decomposition (DoRA), whose change of the weight is of full rank; "
         "`convert_to_lora` approximates it."
     )
-
-
-def _is_grouped(layer: BaseTunerLayer) -> bool:
-    return getattr(layer.get_base_layer(), "groups", 1) > 1
 
 
 def _check_only_deltas(whole: Iterable[str], token_rows: object, biases: str) -> None:

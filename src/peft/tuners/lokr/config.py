@@ -202,8 +202,8 @@ class LayerOptions(NamedTuple):
     shapes: Shapes | None
     row_offset: int | None
 
-    def problems(self, size: Geometry, groups: int = 1) -> Iterator[str]:
-        """Yield a sentence for each option that does not fit a layer of a size, and its groups."""
+    def problems(self, size: Geometry) -> Iterator[str]:
+        """Yield a sentence for each option that does not fit a layer of a size."""
         rows, columns, kernel = size.out_features, size.in_features, size.kernel_size
         if self.shapes is not None:
             problem = shape_problems(self.shapes, rows, columns, kernel, self.row_offset)
@@ -213,7 +213,7 @@ class LayerOptions(NamedTuple):
             a, b = self.factor
             if rows % a or columns % b:
                 yield f"`factor_pattern`={[a, b]} does not divide its sizes, {rows} and {columns}."
-        if self.row_offset is not None and (self.shapes is None or groups > 1):
+        if self.row_offset is not None and (self.shapes is None or size.groups > 1):
             yield "`row_offsets` needs `tensor_shapes`, and a layer without groups."
 
 

@@ -14,7 +14,7 @@ from .kronecker import KroneckerFactors, cheapest_order, left_maps, multiply, ri
 from .shapes import Shapes, sides
 
 
-def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: int = 1) -> int:
+def multiplications(shapes: Shapes, size: Geometry, positions: int = 1) -> int:
     """Return the multiplications per output position in the cheapest order, with `positions` input
     positions (`prod(stride)`) for each.
 
@@ -31,7 +31,7 @@ def multiplications(shapes: Shapes, size: Geometry, groups: int = 1, positions: 
     if not size.kernel_size:  # a linear layer multiplies a low-rank `W1` first
         w1s = (multiply(w1s),)
     # Exact if each group has full blocks of rows; else an upper bound.
-    parts = groups if w1s[-1].shape[0] % groups == 0 else 1
+    parts = size.groups if w1s[-1].shape[0] % size.groups == 0 else 1
     return parts * cheapest_order(w1s, w2s, (parts, 1), positions).multiplications
 
 
@@ -54,7 +54,6 @@ def cost(
     size: Geometry,
     r: int,
     by_rule: Callable[[int], Shapes] | None,
-    groups: int = 1,
     positions: int = 1,
 ) -> AdapterCost:
     """Return the cost of an adapter, with remarks on its config. `by_rule` returns the shapes for a
@@ -79,7 +78,7 @@ def cost(
                 f"in place of {count:,}."
             )
     return AdapterCost(
-        multiplications(shapes, size, groups, positions), largest_rank(shapes, size), tuple(remarks)
+        multiplications(shapes, size, positions), largest_rank(shapes, size), tuple(remarks)
     )
 
 

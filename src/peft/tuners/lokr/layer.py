@@ -191,8 +191,7 @@ class LoKrLayer(LycorisLayer):
             return super().apply_adapter(adapter_name, x, result)
         factor = decomposition.factor(self.scaling[adapter_name])
         if decomposition.by_columns:
-            groups = getattr(self.get_base_layer(), "groups", 1)
-            factor = dora.by_channel(self, factor.repeat(groups))
+            factor = dora.by_channel(self, factor.repeat(self.geometry.groups))
             more = dora.output_without_bias(self, (x * (factor - 1)).to(x.dtype))
             changed = result + more + self._delta_of_rows(adapter_name, x * factor)
         else:
@@ -265,12 +264,12 @@ class LoKrLayer(LycorisLayer):
         """Return the cost of the cheapest order of the factors, with remarks on the config."""
         factors = self.factors(adapter_name)._asdict()
         shapes = {name: tuple(f.shape) for name, f in factors.items() if f is not None}
-        base, r = self.get_base_layer(), self.r[adapter_name]
+        r = self.r[adapter_name]
         is_part = self.row_offset[adapter_name] is not None
         is_fixed = config.full_matrix or is_part or bool(config.tensor_shapes)
         rule = None if is_fixed else partial(shapes_by_rule, config, self.geometry, r)
-        strides = math.prod(conv_options(base)["stride"]) if self.geometry.is_conv else 1
-        return cost(shapes, self.geometry, r, rule, getattr(base, "groups", 1), strides)
+        strides = math.prod(conv_options(self)["stride"]) if self.geometry.is_conv else 1
+        return cost(shapes, self.geometry, r, rule, strides)
 
     @torch.no_grad()
     def clip_norm(self, adapter_name: str, largest: float) -> tuple[float, bool]:

@@ -87,7 +87,7 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
         size = geometry(module)
         assert size is not None
         options = layer_options(config, path, size)
-        yield from options.problems(size, getattr(module, "groups", 1))
+        yield from options.problems(size)
 
     def parameter_options(  # noqa: D102
         self, config: LoKrConfig, target: ParameterTarget, build: object

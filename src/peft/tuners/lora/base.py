@@ -335,7 +335,7 @@ class LoraLayer(BaseTunerLayer):
     @property
     def _is_grouped(self) -> bool:
         """True if the layer is a convolution in groups."""
-        return getattr(self.get_base_layer(), "groups", 1) > 1
+        return self.geometry.groups > 1
 
     def _first_magnitude(
         self, adapter_name: str, place: Placement, initialize: bool, config: LoraConfig
@@ -391,7 +391,7 @@ class LoraLayer(BaseTunerLayer):
 
     def rank_padding(self, container: str) -> RankPadding | None:
         """Return the axis of the rank: rows of `A`, columns of `B`, a share of it in groups."""
-        groups = getattr(self.get_base_layer(), "groups", 1)
+        groups = self.geometry.groups
         if container in ("lora_A", "lora_embedding_A"):
             return RankPadding(0, blocks=groups)
         return RankPadding(1, share=groups) if container in ("lora_B", "lora_embedding_B") else None

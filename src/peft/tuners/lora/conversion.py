@@ -316,7 +316,7 @@ def _blend(
                 for name, layer in having.items()
             ]
             layer = next(iter(having.values()))
-            parts[path] = part = _summed(deltas, getattr(layer.get_base_layer(), "groups", 1), rank)
+            parts[path] = part = _summed(deltas, layer.geometry.groups, rank)
         tensors = lora_tensors(layer, part.A.detach(), part.B.detach())
         state |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
     firsts = {path: next(iter(having.values())) for path, having in layers.items()}
@@ -377,7 +377,7 @@ def _factors(
     options: Mapping[str, object],
 ) -> LowRank:
     """Return a layer's delta as factors of a LoRA layer, of exactly this rank if an integer."""
-    groups = getattr(layer.get_base_layer(), "groups", 1)
+    groups = layer.geometry.groups
     if groups > 1:
         return _in_groups(layer.low_rank_factors(adapter_name, None, **options), groups, rank)
     factors = layer.low_rank_factors(adapter_name, rank, **options)

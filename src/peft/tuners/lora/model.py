@@ -13,13 +13,7 @@ from ...base.errors import PeftNotSupportedError, PeftWarning, warn
 from ...base.placeholders import placeholders
 from ...checkpoint.format import CheckpointFormat, FusedPart, ModuleShape, Shapes
 from ...config import PeftConfig
-from ...core.base_layer import (
-    conv_options,
-    embedding_geometry,
-    expected_layout,
-    geometry,
-    innermost,
-)
+from ...core.base_layer import embedding_geometry, expected_layout, geometry, innermost
 from ...core.combining import Combination, Combined, outer_path
 from ...core.injection import Build, Construction
 from ...core.layer import BaseTunerLayer
@@ -210,13 +204,11 @@ class LoraModel(BaseTuner[LoraConfig]):
                     "an embedding with `max_norm` rewrites its rows when they are looked up; an "
                     "adapter would not be rescaled."
                 )
-        elif size is not None and size.is_conv:
-            groups = conv_options(module)["groups"]
-            if r % groups:
-                yield (
-                    f"`r`={r} must be divisible by the convolution's groups, {groups}; choose "
-                    "another rank or target."
-                )
+        elif size is not None and r % size.groups:
+            yield (
+                f"`r`={r} must be divisible by the convolution's groups, {size.groups}; choose "
+                "another rank or target."
+            )
         if size is not None:
             yield from starting.problems(config, size, r, config.alpha_at(path))
         if lookup is None and config.init_lora_weights == "orthogonal" and r % 2:

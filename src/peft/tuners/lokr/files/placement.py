@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ....base.geometry import Geometry
 from ....checkpoint.renamed_modules import ModuleNames
-from ....core.base_layer import geometry, innermost
+from ....core.base_layer import geometry
 from ....core.plan import own_modules
 from ....core.targets import exactly, patterns
 from ..config import LoKrConfig, layer_options, shapes_by_rule
@@ -142,8 +142,7 @@ class _Layers:
                 "apart."
             )
         pieces = split(module, rows, first.kernel_size)
-        groups = getattr(innermost(self.modules[paths[0]]), "groups", 1)
-        if groups > 1 and any(piece.row_offset is not None for piece in pieces):
+        if first.groups > 1 and any(piece.row_offset is not None for piece in pieces):
             raise _MisfitError(
                 f"{start} a layer in groups can't take its rows of a larger product."
             )
