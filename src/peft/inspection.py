@@ -15,6 +15,7 @@ from .base.constants import CONFIG_NAME, MODEL_ROOT, WEIGHTS_FILES
 from .base.errors import PeftError
 from .base.plain_values import JsonObject
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup
+from .base.suggestions import listed
 from .base.tables import alike, in_bytes, table
 from .checkpoint.files import read_json
 from .checkpoint.format import ModuleShape
@@ -160,10 +161,7 @@ class AdapterContents:
             f"{module.component}.{module.path}" if module.component else module.path: (
                 "?" if module.shape is None else _size_of(module.shape),
                 _rank_of(module.shape),
-                ", ".join(
-                    f"{name} {'x'.join(map(str, tensor.shape)) or '1'}"
-                    for name, tensor in module.tensors.items()
-                ),
+                ", ".join(_with_shapes(module.tensors)),
                 f"{sum(tensor.numel for tensor in module.tensors.values()):,}",
             )
             for module in self.modules
@@ -173,7 +171,7 @@ class AdapterContents:
             yield table([heading, *alike(cells)], right=[4])
         for title, tensors in (("shared", self.shared), ("beside the layers", self.companions)):
             if tensors:
-                yield f"{title}: {_listed(tensors)}"
+                yield f"{title}: {listed(_with_shapes(tensors), most=4)}"
         share = f", of which {self.header_share:.1%} header" if self.header_bytes else ""
         dtypes = ", ".join(self.dtypes) or "no values"
         yield (
@@ -326,10 +324,9 @@ def _short(value: object) -> str:
     return f"({len(value)} entries)"
 
 
-def _listed(tensors: Mapping[str, TensorInfo], most: int = 4) -> str:
-    names = [f"{key} {'x'.join(map(str, info.shape)) or '1'}" for key, info in tensors.items()]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _with_shapes(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return tensors as words: "lora_A.weight 2x8"."""
+    return [f"{name} {'x'.join(map(str, info.shape)) or '1'}" for name, info in tensors.items()]
 
 
 def _size_of(shape: ModuleShape) -> str:

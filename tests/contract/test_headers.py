@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from peft.checkpoint import checks, digests, headers, layout
+from peft.base.suggestions import listed
+from peft.checkpoint import digests, headers, layout
 from peft.utils.error import CheckpointError
 
 
@@ -189,9 +190,9 @@ def test_a_damaged_config_has_no_digest(tmp_path, text):
 
 
 def test_a_message_names_eight_keys_at_most():
-    assert checks.some("abcdefgh") == "a, b, c, d, e, f, g, h"
-    assert checks.some("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
-    assert checks.some("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+    assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert listed("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
+    assert listed("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
 
 
 def test_a_dtype_that_this_package_does_not_know_is_named(tmp_path):

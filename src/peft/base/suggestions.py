@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suggestions for misspelt names, for messages."""
+"""Parts of messages: suggestions for misspelt names, and lists that are cut."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 # Suggestions whose similarity is further below that of the best are left out.
 _MARGIN = 0.05
-# Number of adapters that a message lists; a model may have thousands.
-_LISTED = 8
 
 
 def near_misses(name: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
@@ -56,10 +54,19 @@ def no_adapter(name: object, known: Iterable[str], verb: str = "not found") -> s
 def adapters_there(name: object, known: Iterable[str]) -> str:
     """Return the end of a message on an unknown adapter: the `known` ones and a suggestion."""
     names = list(known)
-    shown = ", ".join(names[:_LISTED]) + (
-        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    )
-    return f"{shown or 'none'}.{did_you_mean(str(name), names)}"
+    return f"{listed(names) or 'none'}.{did_you_mean(str(name), names)}"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return names for a message; of more than `most`, the first and the number of the others.
+
+    Example:
+        >>> listed("abc"), listed("abc", most=2)
+        ('a, b, c', 'a, b and 1 more')
+    """
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def _similarity(a: str, b: str, cutoff: float) -> float:

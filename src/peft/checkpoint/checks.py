@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..base.constants import SEQ_CLS_HEAD_NAMES
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftRuntimeError, warn
+from ..base.suggestions import listed
 from ..integrations.distributed import check_gathered
 
 
@@ -105,9 +106,9 @@ def check_complete(result: LoadResult, source: str, remedy: str = "") -> None:
         return
     parts = [f"'{source}' does not hold this adapter's weights; nothing was loaded."]
     if result.missing_keys:
-        parts.append(f"Missing keys: {some(result.missing_keys)}.")
+        parts.append(f"Missing keys: {listed(result.missing_keys)}.")
     if result.unexpected_keys:
-        parts.append(f"Unexpected keys: {some(result.unexpected_keys)}.")
+        parts.append(f"Unexpected keys: {listed(result.unexpected_keys)}.")
     raise CheckpointError(" ".join([*parts, *([remedy] if remedy else [])]))
 
 
@@ -156,20 +157,15 @@ def warn_of_values(
     if diverged:
         warn(
             f"{source} has values that are NaN or infinite, and so will the outputs be: "
-            f"{some(diverged)}. It is loaded as it is; the training that wrote it went wrong, take "
-            "a checkpoint of an earlier step."
+            f"{listed(diverged)}. It is loaded as it is; the training that wrote it went wrong, "
+            "take a checkpoint of an earlier step."
         )
     if too_large:
         warn(
             f"{source} has values that are infinite in the dtype of the adapter in the model: "
-            f"{some(too_large)}. It is loaded so; give the adapter a wider dtype "
+            f"{listed(too_large)}. It is loaded so; give the adapter a wider dtype "
             "(`autocast_adapter_dtype=True`, or cast the model before)."
         )
-
-
-def some(keys: Collection[str]) -> str:
-    """Return keys for a message, at most eight of them."""
-    return ", ".join(list(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from ..base.calls.running import changing, holds
 from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import walk
 from ..base.errors import CheckpointError, PeftTypeError, warn
+from ..base.suggestions import listed
 from ..base.tensors import ordinary_tensors
 from ..base.validation import check_flags
 from ..integrations.accelerate import (
@@ -38,7 +39,6 @@ from .checks import (
     check_complete,
     check_state,
     check_unmerged,
-    some,
     warn_of_values,
 )
 from .keys import (
@@ -103,9 +103,9 @@ def get_peft_model_state_dict(
         embeddings = _embeddings_to_save(model, config, named)
     found = adapter_tensors(named.items(), config, adapter_name, embeddings)
     if named and not found:
-        listed = ", ".join(f"`{name}`" for name in list(named)[:3])
+        shown = ", ".join(f"`{name}`" for name in list(named)[:3])
         raise CheckpointError(
-            f"The state dict has no tensors of adapter {adapter_name}; it holds {listed}, …"
+            f"The state dict has no tensors of adapter {adapter_name}; it holds {shown}, …"
         )
     # Adapters may be merged into these tensors of the base model.
     has_base = bool(embeddings) or config.trained_biases != "none"
@@ -253,7 +253,7 @@ def set_peft_model_state_dict(
     if empty := [key for key in result.missing_keys if key in expected and expected[key].is_meta]:
         raise CheckpointError(
             "Parts of the adapter would stay on the meta device; nothing was loaded. Missing: "
-            f"{some(empty)}."
+            f"{listed(empty)}."
         )
     tuner = tuner_class(config)
     check_adapter_unmerged(model, adapter_name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base.errors import PeftValueError
 from ..base.plain_values import plain
 from ..base.progress import track
+from ..base.suggestions import listed
 from ..base.validation import at_least, choice
 from ..checkpoint.files import write_report
 from ..checkpoint.paths import as_folder
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 Method = Literal["k-means", "average"]
 Metric = Literal["cosine", "euclidean"]
-# Number of members of a cluster that printing lists.
-_LISTED = 8
 
 
 class ClusterRow(NamedTuple):
@@ -132,12 +131,10 @@ class AdapterClusters:
         )
         for row in rows:
             others = [name for name in row.members if name != row.medoid]
-            more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
             cosine = "" if row.cosine is None else f"{row.cosine:.3f}"
             lines.append(
                 f"{row.cluster:{width}}  {row.size:4}  {cosine:>6}  "
-                f"{row.silhouette:10.3f}  {row.medoid:{central}}  "
-                f"{', '.join(others[:_LISTED])}{more}"
+                f"{row.silhouette:10.3f}  {row.medoid:{central}}  {listed(others)}"
             )
         return "\n".join(line.rstrip() for line in lines)
 

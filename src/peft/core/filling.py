@@ -18,7 +18,8 @@ from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import named_tensors, walk
 from ..base.errors import warn
 from ..base.registry import PEFT_TYPE_TO_TUNER_MAPPING, lookup
-from ..checkpoint.checks import LoadResult, check_complete, check_state, some, warn_of_values
+from ..base.suggestions import listed
+from ..checkpoint.checks import LoadResult, check_complete, check_state, warn_of_values
 from ..checkpoint.keys import (
     adapter_tensors,
     checkpoint_keys,
@@ -175,9 +176,9 @@ class CheckpointFill:
                 )
             check_complete(LoadResult(missing, result.unexpected_keys), self.source, remedy)
         elif missing or result.unexpected_keys:
-            left = [f"Missing, and left as they were: {some(missing)}."] * bool(missing)
+            left = [f"Missing, and left as they were: {listed(missing)}."] * bool(missing)
             left += [
-                f"In the file, and without a place in the adapter: {some(result.unexpected_keys)}."
+                f"In the file, and without a place in the adapter: {listed(result.unexpected_keys)}."
             ] * bool(result.unexpected_keys)
             warn(f"'{self.source}' was loaded with `strict=False`. {' '.join(left)}")
         return result

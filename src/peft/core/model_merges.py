@@ -14,7 +14,7 @@ from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.modules import get_submodules
 from ..base.progress import track
-from ..checkpoint.checks import some
+from ..base.suggestions import listed
 from ..integrations.accelerate import loaded_weights
 from . import moe_tokens, replication, tied_weights
 from .adapted_parameters import detach
@@ -87,8 +87,8 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
             except PeftNotSupportedError as error:
                 problems.setdefault(str(error), []).append(f"`{path}`")
     if problems:
-        listed = [f"{some(paths)}: {text}" for text, paths in problems.items()]
-        raise PeftNotSupportedError(" ".join(listed))
+        causes = [f"{listed(paths)}: {text}" for text, paths in problems.items()]
+        raise PeftNotSupportedError(" ".join(causes))
 
 
 def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
@@ -115,7 +115,7 @@ def _warn_of_arguments(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTune
             odd |= {path: f"`{path}` ({', '.join(more)})"} if more else {}
     if odd:
         warn(
-            f"`forward` takes further arguments in {some(list(odd.values()))}. They act on a "
+            f"`forward` takes further arguments in {listed(list(odd.values()))}. They act on a "
             "merged delta as on the weight, so outputs of calls that pass them can differ from "
             "those of the unmerged adapter."
         )

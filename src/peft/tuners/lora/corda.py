@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import CheckpointError, PeftError, PeftValueError
 from ...base.progress import track
+from ...base.suggestions import listed
 from ...core.measuring import watched_inputs
 from ...core.weights import dense_weight
 from .config import LoraConfig
@@ -103,7 +104,7 @@ def _covariances(
     if state is not None:
         if missing := [path for path in layers if path not in state]:
             raise CheckpointError(
-                f"'{options.covariance_file}' has no covariance of {', '.join(missing[:8])}; it "
+                f"'{options.covariance_file}' has no covariance of {listed(missing)}; it "
                 "was made for another model or other targets."
             )
         return dict.fromkeys(layers, 1), {path: state[path] for path in layers}
@@ -114,7 +115,7 @@ def _covariances(
         )
     modules = dict(model.named_modules())
     if missing := [path for path in layers if path not in modules]:
-        raise PeftValueError(f"`hooked_model` has no modules {', '.join(missing[:8])}.")
+        raise PeftValueError(f"`hooked_model` has no modules {listed(missing)}.")
     counts: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
 
@@ -135,7 +136,7 @@ def _covariances(
         run_model()
     if missing := [path for path in layers if path not in sums]:
         raise PeftValueError(
-            f"`run_model` did not call {', '.join(missing[:8])}; leave them out of the targets."
+            f"`run_model` did not call {listed(missing)}; leave them out of the targets."
         )
     means = {path: total / counts[path] for path, total in sums.items()}
     if options.covariance_file is not None:

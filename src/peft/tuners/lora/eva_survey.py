@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftValueError, warn
 from ...base.progress import remark, track
+from ...base.suggestions import listed
 from ...core.base_layer import geometry
 from ...core.measuring import watched_inputs
 from ...integrations.distributed import gathered_rows
@@ -118,7 +119,7 @@ class Survey:
             run(self.model, batch)
         if silent := [path for path in self.layers if path not in digests]:
             raise PeftValueError(
-                f"The model did not call {', '.join(silent[:8])}; leave them out of the targets."
+                f"The model did not call {listed(silent)}; leave them out of the targets."
             )
         options = self.config.eva_config
         assert options is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import CheckpointError, PeftValueError, warn
+from ...base.suggestions import listed
 from ...core.measuring import in_mode
 from ...core.weights import is_quantized
 from .config import LoraConfig
@@ -70,7 +71,7 @@ def preprocess_loraga(
     layers = linear_targets(model, lora_config)
     if packed := [path for path, layer in layers.items() if is_quantized(layer)]:
         raise PeftValueError(
-            f"LoRA-GA needs gradients of full precision, and {', '.join(packed[:8])} are "
+            f"LoRA-GA needs gradients of full precision, and {listed(packed)} are "
             "quantized; use another `init_lora_weights`."
         )
     gradients = read_cache(cache_file)
@@ -83,7 +84,7 @@ def preprocess_loraga(
             write_cache(cache_file, gradients)
     elif missing := [path for path in layers if f"{path}.{GRADIENT}" not in gradients]:
         raise CheckpointError(
-            f"'{cache_file}' has no gradient of {', '.join(missing[:8])}; it was made for another "
+            f"'{cache_file}' has no gradient of {listed(missing)}; it was made for another "
             "model or other targets."
         )
     for path, layer in layers.items():
@@ -123,7 +124,7 @@ def _mean_gradients(
             "a loss of this model, and must not set the gradients to None at its end."
         )
     if missing := [path for path in weights if path not in gradients]:
-        warn(f"No gradient reached {', '.join(missing[:8])}; they start as usual.")
+        warn(f"No gradient reached {listed(missing)}; they start as usual.")
     return gradients
 
 

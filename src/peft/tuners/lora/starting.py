@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from ...base.errors import PeftNotSupportedError, PeftValueError, warn
 from ...base.geometry import Geometry
+from ...base.suggestions import listed
 from ...checkpoint.hub import load_peft_weights
 from ...core.base_layer import innermost, is_linear, layer_of
 from ...core.combining import outer_path
@@ -62,7 +63,7 @@ def check(plan: Plan[LoraConfig], construction: Construction) -> None:
         if missing and (how == "corda" or len(missing) == len(layers)):
             raise PeftValueError(
                 f"`init_lora_weights`={how!r} starts from data that was not collected for "
-                f"{_listed(missing)}; call `{function}(model, config, …)` first, with the same "
+                f"{_quoted(missing)}; call `{function}(model, config, …)` first, with the same "
                 "targets."
             )
     if config.quantizes_weight:
@@ -74,7 +75,7 @@ def _check_quantizing(layers: Mapping[str, nn.Module], construction: Constructio
     packed = [path for path, m in layers.items() if is_quantized(m)]
     if packed and construction.initialize:
         raise PeftNotSupportedError(
-            f"`init_lora_weights`='loftq' quantizes the base weight, and {_listed(packed)} are "
+            f"`init_lora_weights`='loftq' quantizes the base weight, and {_quoted(packed)} are "
             "quantized; make the adapter with True, and call `replace_lora_weights_loftq`."
         )
     present = {path: layer_of(m, LoraLayer) for path, m in layers.items()}
@@ -83,7 +84,7 @@ def _check_quantizing(layers: Mapping[str, nn.Module], construction: Constructio
     ]:
         raise PeftValueError(
             "`init_lora_weights`='loftq' quantizes the base weight, and adapters are merged into "
-            f"that of {_listed(merged)}; call `unmerge_adapter` first."
+            f"that of {_quoted(merged)}; call `unmerge_adapter` first."
         )
     names = dict.fromkeys(name for layer in present.values() if layer for name in layer.scaling)
     if names and construction.initialize:
@@ -133,5 +134,6 @@ def replace_starts(
                 own.copy_(value)
 
 
-def _listed(paths: list[str]) -> str:
-    return ", ".join(f"`{path}`" for path in paths[:8]) + " and others" * (len(paths) > 8)
+def _quoted(paths: Iterable[str]) -> str:
+    """Return paths for a message."""
+    return listed(map("`{}`".format, paths))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ...base.calls.running import changing
 from ...base.containers import walk
 from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
+from ...base.suggestions import listed
 from ...base.tensors import ordinary_tensors
 from ...base.validation import at_least, number
 from ...checkpoint.files import read_metadata, read_weights, write_tensors
@@ -237,12 +238,11 @@ def _check_values(vectors: Tensor) -> None:
     if type(vectors) is not Tensor:  # the values of a DTensor are on several devices
         return
     broken = ~(vectors.float() if vectors.dtype.itemsize == 1 else vectors).isfinite().all(dim=1)
-    if found := broken.nonzero().flatten().tolist():
-        rows = ", ".join(map(str, found[:8]))
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    if rows := broken.nonzero().flatten().tolist():
         raise PeftValueError(
-            f"`vectors` have values that are NaN or infinite (rows {rows}{more}), and so would all "
-            "adapters that select them; the training went wrong, take the bank of an earlier step."
+            f"`vectors` have values that are NaN or infinite (rows {listed(map(str, rows))}), and "
+            "so would all adapters that select them; the training went wrong, take the bank of an "
+            "earlier step."
         )
 
 

@@ -16,6 +16,7 @@ from ....base.containers import walk
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.plain_values import json_object
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
+from ....base.suggestions import listed
 from ....base.validation import check_adapter, check_flags
 from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
@@ -71,9 +72,8 @@ class LoKrReport:
         problems = [] if self.placement is None else self.placement.problems
         if not (unknown := self.file.unknown):
             return [*problems]
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        keys = ", ".join(map(repr, unknown[:5]))
-        return [f"Keys of no LoKr module: {keys}{more}.", *problems]
+        keys = listed(map(repr, unknown), most=5)
+        return [f"Keys of no LoKr module: {keys}.", *problems]
 
     def __repr__(self) -> str:
         placed = "no model" if self.placement is None else f"{len(self.placement.placed)} placed"
