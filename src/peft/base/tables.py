@@ -34,6 +34,16 @@ def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     )
 
 
+def left_out(number: int, shown: int, noun: str) -> list[str]:
+    """Return the line below a table that shows some of a number of rows; none if it shows all.
+
+    Example:
+        >>> left_out(23, 20, "layers"), left_out(20, 20, "layers")
+        (['… 3 more layers'], [])
+    """
+    return [f"… {number - shown} more {noun}"] if number > shown else []
+
+
 def in_bytes(number: int) -> str:
     """Return a size in the largest unit that gives at least 1.
 

@@ -17,6 +17,7 @@ from ..base.errors import PeftValueError
 from ..base.plain_values import plain
 from ..base.progress import track
 from ..base.suggestions import listed
+from ..base.tables import table
 from ..base.validation import at_least, choice
 from ..checkpoint.files import write_report
 from ..checkpoint.paths import as_folder
@@ -122,21 +123,13 @@ class AdapterClusters:
             f"({self.method}, {self.metric}): "
             f"silhouette {float(self.silhouettes.mean()):.3f}, inertia {self.inertia:.4g}"
         )
-        rows = list(self.rows())
-        width = max(len("cluster"), *(len(row.cluster) for row in rows))
-        central = max(len("most central"), *(len(row.medoid) for row in rows))
-        lines = [head, ""]
-        lines.append(
-            f"{'cluster':{width}}  size  cosine  silhouette  {'most central':{central}}  others"
-        )
-        for row in rows:
-            others = [name for name in row.members if name != row.medoid]
+        rows = [("cluster", "size", "cosine", "silhouette", "most central", "others")]
+        for row in self.rows():
             cosine = "" if row.cosine is None else f"{row.cosine:.3f}"
-            lines.append(
-                f"{row.cluster:{width}}  {row.size:4}  {cosine:>6}  "
-                f"{row.silhouette:10.3f}  {row.medoid:{central}}  {listed(others)}"
-            )
-        return "\n".join(line.rstrip() for line in lines)
+            others = listed(name for name in row.members if name != row.medoid)
+            numbers = str(row.size), cosine, f"{row.silhouette:.3f}"
+            rows.append((row.cluster, *numbers, row.medoid, others))
+        return f"{head}\n\n{table(rows, right=[1, 2, 3])}"
 
     def rows(self) -> list[ClusterRow]:
         """Return a row for each cluster."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base.errors import PeftValueError
 from ..base.suggestions import did_you_mean
+from ..base.tables import left_out, table
 from ..base.validation import at_least, check_flags
 from ..checkpoint.files import write_report
 from ..ops import similarity as _ops
@@ -91,40 +93,37 @@ class AdapterSimilarity:
 
     def _pair_lines(self) -> Iterator[str]:
         first, second = self.names
-        width = max(len("all layers"), *map(len, self.layers)) if self.layers else 10
         yield f"Δ1 = {first}, Δ2 = {second}"
-        yield f"{'layer':{width}}  {'‖Δ1‖':>10}  {'‖Δ2‖':>10}  {'‖Δ1 − Δ2‖':>10}  cosine"
-        rows: list[tuple[str, str | None]] = [(path, path) for path in self.layers]
-        for title, layer in [*rows, ("all layers", None)]:
+        rows = [("layer", "‖Δ1‖", "‖Δ2‖", "‖Δ1 − Δ2‖", "cosine")]
+        for layer in (*self.layers, None):
             one, two = self.norms(layer).tolist()
             gap, cosine = float(self.distances(layer)[0, 1]), float(self.cosines(layer)[0, 1])
-            yield f"{title:{width}}  {one:10.4g}  {two:10.4g}  {gap:10.4g}  {cosine:6.3f}"
+            numbers = f"{one:.4g}", f"{two:.4g}", f"{gap:.4g}", f"{cosine:.3f}"
+            rows.append((layer or "all layers", *numbers))
+        yield table(rows, right=[1, 2, 3, 4])
 
     def _adapter_lines(self) -> Iterator[str]:
         cosines, norms = self.cosines(), self.norms()
         others = cosines.clone().fill_diagonal_(-torch.inf)
-        width = max(len("most alike"), *map(len, self.names))
-        yield f"{'adapter':{width}}  {'norm':>10}  {'most alike':{width}}  cosine"
+        rows = [("adapter", "norm", "most alike", "cosine")]
         for i in self.tree()[1][:_LISTED]:
             j = int(others[i].argmax())
-            alike = f"  {self.names[j]:{width}}  {float(others[i, j]):6.3f}" if j != i else ""
-            yield f"{self.names[i]:{width}}  {float(norms[i]):10.4g}{alike}"
-        if len(self.names) > _LISTED:
-            yield f"… {len(self.names) - _LISTED} more adapters"
+            nearest = (self.names[j], f"{float(others[i, j]):.3f}") if j != i else ("", "")
+            rows.append((self.names[i], f"{float(norms[i]):.4g}", *nearest))
+        yield table(rows, right=[1, 3])
+        yield from left_out(len(self.names), _LISTED, "adapters")
         if self.layers and len(self.names) > 1:
             yield from self._layer_lines()
 
     def _layer_lines(self) -> Iterator[str]:
-        width = max(len("all layers"), *map(len, self.layers))
-        yield ""
-        yield f"{'cosines by layer':{width}}    mean   least    most"
-        titles: list[tuple[str, str | None]] = [(path, path) for path in self.layers]
-        for title, layer in [*titles[:_LISTED], ("all layers", None)]:
+        rows = [("cosines by layer", "mean", "least", "most")]
+        for layer in (*islice(self.layers, _LISTED), None):
             pairs = _pairs(self.cosines(layer))
-            numbers = pairs.mean(), pairs.min(), pairs.max()
-            yield f"{title:{width}}  " + "  ".join(f"{float(number):6.3f}" for number in numbers)
-        if len(titles) > _LISTED:
-            yield f"… {len(titles) - _LISTED} more layers"
+            mean, least, most = (f"{float(n):.3f}" for n in (pairs.mean(), *pairs.aminmax()))
+            rows.append((layer or "all layers", mean, least, most))
+        yield ""
+        yield table(rows, right=[1, 2, 3])
+        yield from left_out(len(self.layers), _LISTED, "layers")
 
     def rows(self) -> Iterator[dict[str, str | float]]:
         """Yield a row for each pair of adapters and each layer, "" for all layers together:
@@ -296,16 +295,16 @@ def _assembled(
     pieces: Mapping[tuple[int, int], Mapping[str, Tensor]], path: str, sizes: Sequence[int]
 ) -> Tensor:
     """Return a symmetric table of the pieces on and below its diagonal; missing ones are zero."""
-    table = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    result = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     for (row, column), piece in pieces.items():
         if path in piece:
-            table[ends[row] : ends[row + 1], ends[column] : ends[column + 1]] = piece[path]
-            table[ends[column] : ends[column + 1], ends[row] : ends[row + 1]] = piece[path].mT
-    return table
+            result[ends[row] : ends[row + 1], ends[column] : ends[column + 1]] = piece[path]
+            result[ends[column] : ends[column + 1], ends[row] : ends[row + 1]] = piece[path].mT
+    return result
 
 
-def _pairs(table: Tensor) -> Tensor:
-    """Return the entries of all pairs of a symmetric table."""
-    rows, columns = torch.tril_indices(len(table), len(table), -1)
-    return table[rows, columns]
+def _pairs(matrix: Tensor) -> Tensor:
+    """Return the entries of all pairs of a symmetric matrix."""
+    rows, columns = torch.tril_indices(len(matrix), len(matrix), -1)
+    return matrix[rows, columns]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...base.errors import PeftNotSupportedError, PeftValueError
 from ...base.plain_values import plain
 from ...base.progress import track
+from ...base.tables import table
 from ...base.validation import at_least, check_flags, choice
 from ...base.validation import number as finite_number
 from ...checkpoint.files import write_report
@@ -53,15 +54,13 @@ class WeightFit:
     start: str | None = None
 
     def __str__(self) -> str:
-        width = max(len("expert"), *map(len, self.weights))
-        shown = sorted(self.weights.items(), key=lambda entry: -abs(entry[1]))
-        lines = [f"{'expert':{width}}  weight"]
-        lines += [f"{name:{width}}  {weight:6.3f}" for name, weight in shown]
-        lines.append(
+        largest_first = sorted(self.weights.items(), key=lambda entry: -abs(entry[1]))
+        rows = [("expert", "weight"), *((name, f"{weight:.3f}") for name, weight in largest_first)]
+        return (
+            f"{table(rows, right=[1])}\n"
             f"loss {self.losses[0]:.4g} at the start, {min(self.losses):.4g} at best, "
             f"{len(self.losses)} evaluations in {self.seconds:.1f} s"
         )
-        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as values of JSON; a loss that is not finite is None."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import PeftValueError
+from ...base.tables import left_out, table
 from ...checkpoint.files import write_report
 from .adapter import RoutedAdapter
 from .choice import Choice
@@ -68,22 +69,21 @@ class ExpertReport:
         return "\n".join([head, "", *self._expert_lines(), "", *self._layer_lines()])
 
     def _expert_lines(self) -> Iterator[str]:
-        width = max(len("expert"), *map(len, self.experts))
-        yield f"{'expert':{width}}  weight  chosen"
         weight, chosen = self.mean("weight"), self.mean("chosen")
         order = sorted(range(len(self.experts)), key=lambda i: -abs(weight[i]))
-        for i in order[:_LISTED]:
-            yield f"{self.experts[i]:{width}}  {weight[i]:6.3f}  {chosen[i]:6.1%}"
-        yield from _more(len(order), "experts")
+        rows = [("expert", "weight", "chosen")]
+        rows += [(self.experts[i], f"{weight[i]:.3f}", f"{chosen[i]:.1%}") for i in order[:_LISTED]]
+        yield table(rows, right=[1, 2])
+        yield from left_out(len(order), _LISTED, "experts")
 
     def _layer_lines(self) -> Iterator[str]:
-        width = max(len("layer"), *map(len, self.layers)) if self.layers else len("layer")
-        yield f"{'layer':{width}}  most used"
+        rows = [("layer", "most used")]
         for path, use in list(self.layers.items())[:_LISTED]:
             order = sorted(range(len(self.experts)), key=lambda i: -abs(use["weight"][i]))
             named = (f"{self.experts[i]} {use['weight'][i]:.2f}" for i in order[:3])
-            yield f"{path:{width}}  {', '.join(named)}"
-        yield from _more(len(self.layers), "layers")
+            rows.append((path, ", ".join(named)))
+        yield table(rows)
+        yield from left_out(len(self.layers), _LISTED, "layers")
 
     def mean(self, measure: Literal["weight", "chosen"]) -> list[float]:
         """Return "weight" or "chosen" of each expert, the mean over layers."""
@@ -141,8 +141,8 @@ class ExpertReport:
         width, height = 0.3 * len(self.experts) + 4, 0.2 * len(self.layers) + 2
         figure = Figure(figsize=(min(width, 24), min(height, 24)), dpi=120, layout="constrained")
         axes = figure.subplots()
-        table = [use["weight"] for use in self.layers.values()]
-        image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
+        weights = [use["weight"] for use in self.layers.values()]
+        image = axes.imshow(weights, aspect="auto", cmap="viridis", interpolation="nearest")
         axes.set_yticks(range(len(self.layers)), list(self.layers), fontsize=7)
         axes.set_xticks(range(len(self.experts)), self.experts, rotation=90, fontsize=8)
         axes.set_title("Weight of each expert, by layer", loc="left", fontsize=11)
@@ -231,8 +231,3 @@ def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
 
 def _noting(watch: ExpertWatch, path: str) -> Callable[[RoutedLayer, Choice, Tensor], None]:
     return lambda layer, choice, x: watch.note(path, layer, choice, x)
-
-
-def _more(number: int, kind: str) -> list[str]:
-    """Return a line with the number of entries that are not listed, if any."""
-    return [f"… {number - _LISTED} more {kind}"] if number > _LISTED else []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...base.calls.running import holds
 from ...base.containers import walk
+from ...base.tables import table
 from ...checkpoint.files import write_report
 from ...checkpoint.paths import as_folder
 from ...core.adapter_choice import adapter_of
@@ -126,22 +127,22 @@ class BankUsage:
 
     def __str__(self) -> str:
         """Return a table with a line for each factor of each layer, and the summary."""
-        width = max(len(use.layer) for use in self.uses)
-        lines = [f"{'layer':{width}}  factor  positions  vectors  most used"]
+        heading = ("layer", "factor", "positions", "vectors", "most used")
+        rows: list[tuple[str, ...]] = [heading]
         for use in self.uses:
-            positions, used = int(use.weights.sum().round()), int((use.counts > 0).sum())
+            numbers = use.weights.sum().round(), (use.counts > 0).sum()
             best = ", ".join(
                 f"{i} ({int(use.counts[i])})"
                 for i in use.counts.argsort(descending=True, stable=True)[:3].tolist()
             )
-            lines.append(f"{use.layer:{width}}  {use.factor:6}  {positions:9}  {used:7}  {best}")
+            rows.append((use.layer, use.factor, *(str(int(n)) for n in numbers), best))
         s = self.summary()
-        lines.append(
+        return (
+            f"{table(rows, right=[2, 3])}\n"
             f"{s['used']} of {s['num_vectors']} used: {s['only_A']} in A only, {s['only_B']} in B "
             f"only, {s['both']} in both; effectively {s['effective']:.1f}; the most used tenth has "
             f"{100 * s['top_tenth']:.0f} % of the weight"
         )
-        return "\n".join(lines)
 
     def plot(self, folder: str | os.PathLike) -> list[Path]:
         """Draw the weight of each vector in each factor, the histogram of selections, and the

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....base.calls.running import holds
 from ....base.containers import walk
 from ....base.errors import PeftValueError
+from ....base.tables import left_out, table
 from ....checkpoint.files import write_report
 from ....core.adapter_choice import adapter_of
 from ....ops.clustering import Link, linkage
@@ -86,28 +87,28 @@ class RoutingReport:
 
     def _task_lines(self) -> Iterator[str]:
         others = self.similarity.clone().fill_diagonal_(-torch.inf)
-        width = max(len("most alike"), *map(len, self.tasks))
-        yield f"{'task':{width}}  {'most alike':{width}}  cosine"
+        rows = [("task", "most alike", "cosine")]
         for i in self.order[:_LISTED]:
             j = int(others[i].argmax())
-            alike = f"  {self.tasks[j]:{width}}  {float(others[i, j]):6.2f}" if j != i else ""
-            yield f"{self.tasks[i]:{width}}{alike}"
-        yield from _more(self.order, "tasks")
+            nearest = (self.tasks[j], f"{float(others[i, j]):.2f}") if j != i else ("", "")
+            rows.append((self.tasks[i], *nearest))
+        yield table(rows, right=[2])
+        yield from left_out(len(self.order), _LISTED, "tasks")
 
     def _layer_lines(self) -> Iterator[str]:
-        width = max(len("layer"), *map(len, self.layers))
-        yield "  ".join([f"{'layer':{width}}", *MEASURES, "most used"])
+        rows: list[tuple[str, ...]] = [("layer", *MEASURES, "most used")]
         for path, layer in list(self.layers.items())[:_LISTED]:
             most = max(layer["usage"])
             best = f"skill {layer['usage'].index(most)} ({most:.0%})"
-            yield "  ".join([f"{path:{width}}", *_columns(layer), best])
-        yield from _more(self.layers, "layers")
-        yield "  ".join([f"{'mean':{width}}", *_columns(mean_measures(self.layers))])
+            rows.append((path, *_numbers(layer), best))
+        rows.append(("mean", *_numbers(mean_measures(self.layers)), ""))
+        yield table(rows, right=range(1, 1 + len(MEASURES)))
+        yield from left_out(len(self.layers), _LISTED, "layers")
 
     def rows(self) -> Iterator[dict[str, str | int | float]]:
         """Yield a row for each layer, task, split and skill with its `weight`."""
-        for path, table in self.weights.items():
-            for task, splits in zip(self.tasks, table.tolist(), strict=True):
+        for path, weights in self.weights.items():
+            for task, splits in zip(self.tasks, weights.tolist(), strict=True):
                 for q, skills in enumerate(splits):
                     for s, weight in enumerate(skills):
                         yield {
@@ -262,11 +263,6 @@ def mean_measures(layers: Mapping[str, LayerMeasures]) -> dict[str, float]:
     return {name: sum(layer[name] for layer in layers.values()) / len(layers) for name in MEASURES}
 
 
-def _columns(measures: Mapping[str, float] | LayerMeasures) -> list[str]:
-    """Return measures, each as wide as its heading."""
-    return [f"{measures[name]:{len(name)}.3f}" for name in MEASURES]
-
-
-def _more(entries: Collection[object], kind: str) -> list[str]:
-    """Return a line with the number of entries that are not listed, if any."""
-    return [f"… {len(entries) - _LISTED} more {kind}"] if len(entries) > _LISTED else []
+def _numbers(measures: Mapping[str, float] | LayerMeasures) -> list[str]:
+    """Return the cells of measures in a table."""
+    return [f"{measures[name]:.3f}" for name in MEASURES]
