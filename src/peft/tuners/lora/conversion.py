@@ -66,12 +66,23 @@ class LoraConversion(Conversion[LoraConfig]):
 
     @classmethod
     def of(
-        cls, config: LoraConfig, state_dict: dict[str, Tensor], parts: Mapping[str, LowRank]
+        cls,
+        config: LoraConfig,
+        modules: Mapping[str, nn.Module],
+        deltas: Mapping[str, LowRank],
+        prefix: str,
+        companions: Mapping[str, Tensor],
     ) -> LoraConversion:
-        """Return the conversion whose layers have these factors."""
-        result = cls(config, state_dict)
-        result.errors = {path: part.error for path, part in parts.items()}
-        result.error = total_error(parts.values())
+        """Return the adapter that gives each module its delta, with the `companions` as its other
+        tensors by key. Keys of modules begin with `prefix`.
+        """
+        state = dict[str, Tensor]()
+        for path, delta in deltas.items():
+            tensors = lora_tensors(modules[path], delta.A.detach(), delta.B.detach())
+            state |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
+        result = cls(config, {**state, **companions})
+        result.errors = {path: delta.error for path, delta in deltas.items()}
+        result.error = total_error(deltas.values())
         return result
 
 
@@ -244,14 +255,9 @@ def adapter_from_deltas(
     """
     root, prefix = root_of(model)
     modules = {path: root.get_submodule(path) for path in deltas}
-    state = {
-        f"{prefix}{path}.{name}": tensor
-        for path, delta in deltas.items()
-        for name, tensor in lora_tensors(modules[path], delta.A, delta.B).items()
-    }
-    config = _lora_config(root, like, modules, deltas, by_energy=False)
+    config = _lora_config(root, like, modules, deltas, None)
     config = replace(config, modules_to_save=None, trainable_token_indices=None, bias="none")
-    return LoraConversion.of(config, state, deltas)
+    return LoraConversion.of(config, modules, deltas, prefix, {})
 
 
 def _convert(
@@ -266,22 +272,21 @@ def _convert(
     root, prefix = root_of(model)
     layers = dict(layers_with(root, adapter_name))
     check_convertible(layers, adapter_name)
-    parts: list[dict[str, LowRank]] = [{} for _ in views]
-    tensors: list[dict[str, Tensor]] = [{} for _ in views]
+    deltas_by_view: list[dict[str, LowRank]] = [{} for _ in views]
     for path, layer in track(layers.items(), "Converting to LoRA", wanted=progressbar):
-        for part, state, options in zip(parts, tensors, views, strict=True):
-            with naming_layer(path):
-                part[path] = factors = _factors(layer, adapter_name, rank, options)
-            own = lora_tensors(layer, factors.A.detach(), factors.B.detach())
-            state |= {f"{prefix}{path}.{name}": tensor for name, tensor in own.items()}
+        with naming_layer(path):
+            for deltas, options in zip(deltas_by_view, views, strict=True):
+                deltas[path] = _factors(layer, adapter_name, rank, options)
     companions = _companions(model, config, adapter_name)
     return [
         LoraConversion.of(
-            _lora_config(root, config, layers, part, isinstance(rank, float)),
-            {**state, **{key: tensor.detach().clone() for key, tensor in companions.items()}},
-            part,
+            _lora_config(root, config, layers, deltas, rank),
+            layers,
+            deltas,
+            prefix,
+            {key: tensor.detach().clone() for key, tensor in companions.items()},
         )
-        for part, state in zip(parts, tensors, strict=True)
+        for deltas in deltas_by_view
     ]
 
 
@@ -302,28 +307,24 @@ def _blend(
         tuner_cls = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)
         own_task = task_id if "task_id" in tuner_cls.merge_options else None
         options[name] = tuner_cls.conversion_options(config, task_id=own_task)
-        own = dict(layers_with(root, name))
-        check_convertible(own, name)
-        for path, layer in own.items():
+        adapted = dict(layers_with(root, name))
+        check_convertible(adapted, name)
+        for path, layer in adapted.items():
             layers.setdefault(path, {})[name] = layer
-    parts: dict[str, LowRank] = {}
     companions = combined_heads.combine(combined_heads.collect(root, configs), heads, weights)
-    state = {prefix + key: tensor for key, tensor in companions.items()}
-    for path, having in track(layers.items(), "Converting to LoRA", wanted=progressbar):
+    companions = {prefix + key: tensor for key, tensor in companions.items()}
+    firsts = {path: next(iter(by_name.values())) for path, by_name in layers.items()}
+    deltas: dict[str, LowRank] = {}
+    for path, by_name in track(layers.items(), "Converting to LoRA", wanted=progressbar):
         with naming_layer(path):
-            deltas = [
+            summands = [
                 (weights[name], layer.low_rank_factors(name, None, **options[name]))
-                for name, layer in having.items()
+                for name, layer in by_name.items()
             ]
-            layer = next(iter(having.values()))
-            parts[path] = part = _summed(deltas, layer.geometry.groups, rank)
-        tensors = lora_tensors(layer, part.A.detach(), part.B.detach())
-        state |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
-    firsts = {path: next(iter(having.values())) for path, having in layers.items()}
-    first, by_energy = next(iter(configs.values())), isinstance(rank, float)
-    config = _lora_config(root, first, firsts, parts, by_energy)
+            deltas[path] = _summed(summands, firsts[path].geometry.groups, rank)
+    config = _lora_config(root, next(iter(configs.values())), firsts, deltas, rank)
     config = replace(config, **combined_heads.fields_of(configs.values()))
-    return LoraConversion.of(config, state, parts)
+    return LoraConversion.of(config, firsts, deltas, prefix, companions)
 
 
 def _configs_to_sum(model: nn.Module, weights: Mapping[str, float]) -> dict[str, TargetedConfig]:
@@ -344,12 +345,12 @@ def _configs_to_sum(model: nn.Module, weights: Mapping[str, float]) -> dict[str,
 
 
 def _summed(
-    deltas: Sequence[tuple[float, LowRank]], groups: int, rank: int | float | None
+    summands: Sequence[tuple[float, LowRank]], groups: int, rank: int | float | None
 ) -> LowRank:
-    """Return the weighted sum of deltas of one layer, exact or of a rank."""
-    dtype = deltas[0][1].A.dtype
-    A = torch.cat([delta.A.to(dtype) for _, delta in deltas])
-    B = torch.cat([(delta.B * weight).to(dtype) for weight, delta in deltas], dim=1)
+    """Return the sum of deltas of one layer, each times its weight, exact or of a rank."""
+    dtype = summands[0][1].A.dtype
+    A = torch.cat([delta.A.to(dtype) for _, delta in summands])
+    B = torch.cat([(delta.B * weight).to(dtype) for weight, delta in summands], dim=1)
     if groups > 1:
         return _in_groups(approximate(B, A), groups, rank)
     if rank is None and A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -423,15 +424,16 @@ def _lora_config(
     root: nn.Module,
     config: TargetedConfig,
     layers: Mapping[str, nn.Module],
-    parts: Mapping[str, LowRank],
-    by_energy: bool,
+    deltas: Mapping[str, LowRank],
+    rank: int | float | None,
 ) -> LoraConfig:
     """Return the config of a conversion, with scaling 1.
 
-    It has the largest rank and a pattern for layers of another; with `by_energy`, a pattern for all
-    layers.
+    It has the largest rank and a pattern for layers of another; if `rank` is a share of the energy,
+    a pattern for all layers.
     """
-    ranks = {path: part.rank for path, part in parts.items()}
+    by_energy = isinstance(rank, float)
+    ranks = {path: delta.rank for path, delta in deltas.items()}
     r = 1 if by_energy else max(ranks.values())
     pattern = _targets.patterns(ranks, None if by_energy else r)
     sizes = map(geometry, layers.values())
