@@ -43,43 +43,49 @@ class Term(NamedTuple):
     A: Tensor
     B: Tensor
 
+    @property
+    def factor(self) -> float:
+        """`f = w·s`."""
+        return self.weight * self.scale
 
-class Factors(NamedTuple):
-    """A combination's factors in one layer, and their distance from the sum if approximated."""
+
+class CombinedFactors(NamedTuple):
+    """A combination's factors in one layer, and their relative error; None if they are not meant
+    to be the sum.
+    """
 
     A: Tensor
     B: Tensor
     error: float | None = None
 
 
-def concatenated(terms: Sequence[Term]) -> Factors:
+def concatenated(terms: Sequence[Term]) -> CombinedFactors:
     """Return `Σ f_i · B_i·A_i` exactly: the ranks side by side."""
-    A = torch.cat([term.A * (term.weight * term.scale) for term in terms])
-    return Factors(A, torch.cat([term.B for term in terms], dim=1), 0.0)
+    A = torch.cat([term.A * term.factor for term in terms])
+    return CombinedFactors(A, torch.cat([term.B for term in terms], dim=1), 0.0)
 
 
-def by_factor(terms: Sequence[Term], request: Combination) -> Factors:
+def by_factor(terms: Sequence[Term], request: Combination) -> CombinedFactors:
     """Combine the `A` and the `B`, with weights `±√|f_i|` and `√|f_i|`. The rank is that of one
     adapter; the result is not the sum of the deltas, since each `B_i` multiplies all `A_j`.
     """
-    roots = [math.sqrt(abs(term.weight * term.scale)) for term in terms]
-    signed = [
-        math.copysign(root, term.weight * term.scale)
-        for root, term in zip(roots, terms, strict=True)
-    ]
+    roots = [math.sqrt(abs(term.factor)) for term in terms]
+    signed = [math.copysign(root, term.factor) for root, term in zip(roots, terms, strict=True)]
     A = _by_element([term.A for term in terms], signed, request)
-    return Factors(A, _by_element([term.B for term in terms], roots, request))
+    return CombinedFactors(A, _by_element([term.B for term in terms], roots, request))
 
 
-def approximated(terms: Sequence[Term], rank: int) -> Factors:
+def approximated(terms: Sequence[Term], rank: int) -> CombinedFactors:
     """Return the best approximation of `Σ f_i · B_i·A_i` of a rank, from the factors."""
     whole = concatenated(terms)
     U, S, V = product_svd(whole.B, whole.A)
     k = kept(S, rank)
-    return Factors(V[:, :k].mT, U[:, :k] * S[:k], tail(S, k))
+    return CombinedFactors(V[:, :k].mT, U[:, :k] * S[:k], tail(S, k))
 
 
-def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed: bool) -> Factors:
+def by_delta(
+    terms: Sequence[Term], request: Combination, rank: int, transposed: bool
+) -> CombinedFactors:
     """Combine the deltas element by element, and approximate the result by a dense decomposition.
 
     `transposed` combines deltas as `[in, out]`; this decides the random number of each element.
@@ -102,9 +108,9 @@ def by_delta(terms: Sequence[Term], request: Combination, rank: int, transposed:
         bound = torch.quantile(torch.cat([B.flatten(), A.flatten()]), request.svd_clamp)
         B, A = B.clamp(-bound, bound), A.clamp(-bound, bound)
     if request.kind != "svd":
-        return Factors(A, B)
+        return CombinedFactors(A, B)
     whole = norm(combined.flatten())
-    return Factors(A, B, norm((combined - B @ A).flatten()) / whole if whole else 0.0)
+    return CombinedFactors(A, B, norm((combined - B @ A).flatten()) / whole if whole else 0.0)
 
 
 def combine(
@@ -118,7 +124,7 @@ def combine(
             "combine adapters with the same."
         )
     terms = {path: _terms(path, layer, request) for path, layer in layers.items()}
-    ranks = {path: {term.A.shape[0] for term in own} for path, own in terms.items()}
+    ranks = {path: {term.A.shape[0] for term in of_layer} for path, of_layer in terms.items()}
     if request.kind in ("linear", *_BY_ELEMENT):
         unequal = sorted(path for path, several in ranks.items() if len(several) > 1)
         configured = {configs[name].r for name in request.adapters}
@@ -129,31 +135,33 @@ def combine(
                 f"{sorted(ranks[unequal[0]] if unequal else configured)}. 'cat' and 'svd' take any."
             )
     rank = request.svd_rank or max(max(several) for several in ranks.values())
-    made = {
-        path: _made(own, request, rank, layers[path].geometry.transposed)
-        for path, own in track(terms.items(), "Combining")
+    combined = {
+        path: _combined(of_layer, request, rank, layers[path].geometry.transposed)
+        for path, of_layer in track(terms.items(), "Combining")
     }
     r = rank
     if not request.kind.endswith("svd"):
-        r = max(factors.A.shape[0] for factors in made.values())
+        r = max(factors.A.shape[0] for factors in combined.values())
     config = configs[request.adapters[0]]
     start = True if config.starts_from_weight else config.init_lora_weights
     plain = replace(config, use_rslora=False, init_lora_weights=start)
     result = Combined(replace(plain, r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}))
     for path, layer in layers.items():
-        missing = r - made[path].A.shape[0]
-        A, B = F.pad(made[path].A, (0, 0, 0, missing)), F.pad(made[path].B, (0, missing))
+        A, B, error = combined[path]
+        missing = r - A.shape[0]
+        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
         B = B if layer.unit_scale == 1 else B / layer.unit_scale
         result.tensors |= {
             f"{path}.{end}": tensor for end, tensor in lora_tensors(layer, A, B).items()
         }
-        error = made[path].error
         if error is not None:
             result.errors[path] = error
     return result
 
 
-def _made(terms: Sequence[Term], request: Combination, rank: int, transposed: bool) -> Factors:
+def _combined(
+    terms: Sequence[Term], request: Combination, rank: int, transposed: bool
+) -> CombinedFactors:
     if request.kind == "cat":
         return concatenated(terms)
     if not request.kind.endswith("svd"):
@@ -165,14 +173,16 @@ def _made(terms: Sequence[Term], request: Combination, rank: int, transposed: bo
 
 def _terms(path: str, layer: LoraLayer, request: Combination) -> list[Term]:
     """Return the adapters that a layer has, with their factors; refuse more than two factors."""
-    own = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
-    unfit = [name for name, _ in own if not layer.is_product(name)]
+    present = [(name, weight) for name, weight in request.terms() if name in layer.scaling]
+    unfit = [name for name, _ in present if not layer.is_product(name)]
     if unfit:
         raise PeftValueError(
             f"`{path}`: adapter {unfit[0]} is more than a product of two factors (`use_dora`, "
             "`lora_bias`, or a convolution in groups); such adapters can't be combined."
         )
-    return [Term(weight, float(layer.scaling[name]), *layer.factors(name)) for name, weight in own]
+    return [
+        Term(weight, float(layer.scaling[name]), *layer.factors(name)) for name, weight in present
+    ]
 
 
 def _by_element(tensors: list[Tensor], weights: list[float], request: Combination) -> Tensor:
