@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
@@ -164,9 +165,9 @@ class ExpertWatch:
     def note(self, path: str, layer: RoutedLayer, choice: Choice, x: Tensor) -> None:
         """Add a layer's choice for an input `[rows, *leading, in]`."""
         experts = layer.factors(self._adapter.name)
-        every = _every(choice, len(experts), x).float().cpu()  # [*rows, experts here]
-        weights = every.new_zeros(*every.shape[:-1], self._number)
-        weights[..., experts.numbers.cpu()] = every
+        here = _weights_by_row(choice, len(experts), x).float().cpu()  # [*rows, experts here]
+        weights = here.new_zeros(*here.shape[:-1], self._number)
+        weights[..., experts.numbers.cpu()] = here
         mask = layer.routing.real_tokens(x, layer)
         real = weights.flatten(0, -2) if mask is None else weights[mask.cpu()]
         weight, chosen, count = real.sum(0), (real != 0).float().sum(0), len(real)
@@ -192,20 +193,16 @@ class ExpertWatch:
         return ExpertReport(list(self._adapter.config.experts), layers, tokens_seen)
 
 
-def _every(choice: Choice, number: int, x: Tensor) -> Tensor:
+def _weights_by_row(choice: Choice, number: int, x: Tensor) -> Tensor:
     """Return the weights of a layer's experts for its input, `[rows, *leading, experts]`."""
-    shape, weights = x.shape[:-1], choice.weights
-    if weights.dim() == 1:
-        return weights.expand(*shape, number)
-    experts = choice.experts
-    if (
-        experts is not None and experts.shape != weights.shape
-    ):  # a token's weight, a sample's expert
-        experts = experts.flatten(0, -2)
-        experts = experts.repeat_interleave(weights.flatten(0, -2).shape[0] // len(experts), 0)
-    weights = weights.flatten(0, -2)
-    if experts is not None:
-        experts = experts.flatten(0, -2)
+    shape = x.shape[:-1]
+    if choice.weights.dim() == 1:
+        return choice.weights.expand(*shape, number)
+    weights = choice.weights.flatten(0, -2)
+    if choice.experts is not None:
+        experts = choice.experts.flatten(0, -2)
+        # Weights of tokens, where experts are of samples.
+        experts = experts.repeat_interleave(len(weights) // len(experts), 0)
         weights = weights.new_zeros(len(weights), number).scatter(1, experts, weights)
     rows = x.numel() // x.shape[-1]
     return weights.repeat_interleave(rows // len(weights), 0).view(*shape, number)
@@ -217,7 +214,7 @@ def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
     watch, layers = ExpertWatch(adapter), adapter.layers
     routings = {layer.routing for layer in layers.values()}
     for path, layer in layers.items():
-        layer.watches[adapter.name] = _noting(watch, path)
+        layer.watches[adapter.name] = partial(watch.note, path)
     for routing in routings:
         routing.is_watched = True
     try:
@@ -227,7 +224,3 @@ def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
             layer.watches.pop(adapter.name, None)
         for routing in routings:
             routing.is_watched = False
-
-
-def _noting(watch: ExpertWatch, path: str) -> Callable[[RoutedLayer, Choice, Tensor], None]:
-    return lambda layer, choice, x: watch.note(path, layer, choice, x)
