@@ -152,15 +152,14 @@ class RoutedLayer(RoutingLayer):
     ) -> None:
         """Unfreeze or freeze the tensors that an adapter's routing trains; others stay frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names if not requires_grad else ():
-            super().set_requires_grad([name], False)
-        for name in names if requires_grad else ():
-            if name in self.scaling:
-                trained = TRAINS.get(self.routed_options[name].routing)
-                for attribute in self.container_names:
-                    container = getattr(self, attribute)
-                    if name in container:
-                        container[name].requires_grad_(attribute == trained)
+        for name in names:
+            if name not in self.scaling:
+                continue
+            trained = TRAINS.get(self.routed_options[name].routing) if requires_grad else None
+            for attribute in self.container_names:
+                container = getattr(self, attribute)
+                if name in container:
+                    container[name].requires_grad_(attribute == trained)
 
     def adopt_settings(self, adapter_name: str, fresh: nn.Module, fresh_name: str) -> None:
         """Copy the options of routing."""
