@@ -103,13 +103,13 @@ def find_experts(config: RoutedConfig, model: nn.Module) -> Experts:
     loaded: dict[object, _Loaded] = {}
     read = DeltaReader(model, deltas_only=config.deltas_only)
     found: dict[str, dict[str, Deltas]] = {"experts": {}, "general_experts": {}}
-    for field_name, deltas in found.items():
+    for field_name, by_name in found.items():
         sources: dict[str, Source] = {}
         items = getattr(config, field_name).items()
         for name, source in track(items, "Reading experts", unit="expert"):
-            for own, described, delta in _fetch(config, name, source, read, loaded):
-                check_free(own, deltas)
-                sources[own], deltas[own] = described, delta
+            for expert, described, deltas in _fetch(config, name, source, read, loaded):
+                check_free(expert, by_name)
+                sources[expert], by_name[expert] = described, deltas
         setattr(config, field_name, sources)
     config.validate()
     experts, general = found["experts"], list(found["general_experts"].values())
@@ -140,23 +140,22 @@ def _fetch(
     hub |= {key: source[key] for key in ("subfolder", "revision") if key in source}
     try:
         key = source["source"], source.get("digest"), hub.get("subfolder"), hub.get("revision")
-        if (known := loaded.get(key)) is None:
+        if (adapter := loaded.get(key)) is None:
             place, digest = _find(config, source, hub)
-            known = loaded[key] = _Loaded(place, digest, read(place, **hub))
-        place, digest = known.place, known.digest
-        by_task = known.by_task
+            adapter = loaded[key] = _Loaded(place, digest, read(place, **hub))
+        place, digest, by_task = adapter
         tasks = [_task(source["task"], by_task)] if "task" in source else list(by_task)
     except PeftError as error:
         raise type(error)(f"Expert {name!r}: {error}") from error
     for task in tasks:
-        own = name if len(tasks) == 1 else f"{name}.{task}"
+        expert = name if len(tasks) == 1 else f"{name}.{task}"
         rank = _rank(by_task[task])
         if source.get("rank", rank) != rank:
             raise CheckpointError(
                 f"Expert {name!r} has rank {rank} at '{place}' now, and had {source['rank']}."
             )
         described = {**source, "source": str(place), "digest": digest, "rank": rank}
-        yield own, {**described, "task": task} if task else described, by_task[task]
+        yield expert, {**described, "task": task} if task else described, by_task[task]
 
 
 def _find(config: RoutedConfig, source: Source, hub: HubOptions) -> tuple[str, str]:
@@ -168,13 +167,16 @@ def _find(config: RoutedConfig, source: Source, hub: HubOptions) -> tuple[str, s
     given, wanted = source["source"], source.get("digest")
     is_here, moved = os.path.isdir(given), _moved(config, given)
     place = os.path.abspath(given) if is_here else given
-    if is_here and (digest := adapter_digest(place, **hub)) == (wanted or digest):
+
+    def is_unchanged(digest: str) -> bool:
+        return not wanted or digest == wanted
+
+    if is_here and is_unchanged(digest := adapter_digest(place, **hub)):
         return place, digest
     for folder in moved:
         if (folder / str(hub.get("subfolder") or "") / CONFIG_NAME).is_file():
             with suppress(CheckpointError):
-                digest = adapter_digest(folder, **hub)
-                if digest == (wanted or digest):
+                if is_unchanged(digest := adapter_digest(folder, **hub)):
                     return str(folder), digest
     if not is_here:
         try:
@@ -183,7 +185,7 @@ def _find(config: RoutedConfig, source: Source, hub: HubOptions) -> tuple[str, s
             others = ", ".join(f"'{folder}'" for folder in moved)
             also = f" Nor is it, unchanged, at any of {others}." if moved else ""
             raise CheckpointNotFoundError(f"{error}{also}") from None
-        if digest == (wanted or digest):
+        if is_unchanged(digest):
             return place, digest
     raise CheckpointError(
         f"The adapter at '{place}' has changed since the routed model was saved. Restore it, or "
