@@ -59,12 +59,12 @@ def meta_model(
         `plan(meta_model("models/llama"), LoraConfig(r=16))`
     """
     hub = only_hub_options({**hub_options, "subfolder": subfolder}, "meta_model")
-    found = _find_class(source, task_type, hub)
+    model_class = _find_class(source, task_type, hub)
     with torch.device("meta"):
         try:
-            return found.empty()
+            return model_class.empty()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"'{found.config_file}' makes no model: {error}") from error
+            raise CheckpointError(f"'{model_class.config_file}' makes no model: {error}") from error
 
 
 def load_base_model(
@@ -88,14 +88,14 @@ def load_base_model(
         CheckpointError: The weights are missing or damaged.
     """
     hub = only_hub_options({**hub_options, "subfolder": subfolder}, "load_base_model")
-    found = _find_class(source, task_type, hub)
+    model_class = _find_class(source, task_type, hub)
     if random:
-        model = found.empty()
+        model = model_class.empty()
         return model if dtype is None else model.to(dtype)
-    kind = "torch_dtype" if found.is_diffusers else "dtype"
-    wanted: object = dtype if dtype is not None or found.is_diffusers else "auto"
+    argument = "torch_dtype" if model_class.is_diffusers else "dtype"
+    wanted: object = dtype if dtype is not None or model_class.is_diffusers else "auto"
     try:
-        return found.cls.from_pretrained(source, **{kind: wanted}, **hub)
+        return model_class.cls.from_pretrained(source, **{argument: wanted}, **hub)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"The base model '{source}' can't be loaded: {error}") from error
 
@@ -158,14 +158,14 @@ def save_merged(
         _copy_companions(Path(place, subfolder or ""), folder)
 
 
-class _Found(NamedTuple):
+class _ModelClass(NamedTuple):
     """A model's class in another library, and the config that it is made of."""
 
     cls: Any
     config_file: Path
     content: JsonObject
     is_diffusers: bool
-    name: str
+    place: str
 
     def empty(self) -> nn.Module:
         """Return a model on the device of the context, without its weights."""
@@ -175,11 +175,13 @@ class _Found(NamedTuple):
         config = transformers.AutoConfig.from_pretrained(self.config_file)
         make = getattr(self.cls, "_from_config", None) or self.cls.from_config
         model = make(config)
-        model.config._name_or_path = model.name_or_path = self.name
+        model.config._name_or_path = model.name_or_path = self.place
         return model
 
 
-def _find_class(source: str | os.PathLike[str], task_type: str | None, hub: HubOptions) -> _Found:
+def _find_class(
+    source: str | os.PathLike[str], task_type: str | None, hub: HubOptions
+) -> _ModelClass:
     """Return the class of the model that a `config.json` describes."""
     if task_type is not None and task_type not in [task.value for task in TaskType]:
         raise PeftValueError(
@@ -204,8 +206,8 @@ def _find_class(source: str | os.PathLike[str], task_type: str | None, hub: HubO
             f"'{path}' is of the class {name!r}, which the installed {library.__name__} does not "
             "have. Load the model yourself and use the Python functions."
         )
-    name = "" if path == Path(source) else os.fspath(source)  # a config is not the model
-    return _Found(cls, path, content, is_diffusers, name)
+    place = "" if path == Path(source) else os.fspath(source)  # a config is not the model
+    return _ModelClass(cls, path, content, is_diffusers, place)
 
 
 def _copy_companions(source: str | os.PathLike[str], folder: Path, ignored: str = "\0") -> None:
