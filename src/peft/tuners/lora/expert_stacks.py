@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor
@@ -54,26 +55,28 @@ def stack_experts(
     paths = {part.part: part.path for part in parts}
     settings = stack_settings(config, paths)
     r = int(settings["rank_pattern"])
-    scale = _common_scale(config, [_size(config, paths[part]) for part in sorted(paths)])
-    own = {part.part: part.tensors["lora_B.weight"].shape[0] for part in parts}
-    one = parts[0].tensors["lora_A.weight"]
-    all_parts = 1 + max(part.expert for part in parts), sum(own.values()), one.shape[1]
-    experts, rows, columns = all_parts if shape is None else shape
-    A, B = one.new_zeros(experts, r, columns), one.new_zeros(experts, rows, r)
+    sizes = {part: _size(config, paths[part]) for part in sorted(paths)}
+    scale = _common_scale(config, list(sizes.values()))
+    heights = {part.part: len(part.tensors["lora_B.weight"]) for part in parts}
+    first = parts[0].tensors["lora_A.weight"]
+    if shape is None:
+        shape = 1 + max(part.expert for part in parts), sum(heights.values()), first.shape[1]
+    experts, rows, columns = shape
+    A, B = first.new_zeros(experts, r, columns), first.new_zeros(experts, rows, r)
     # Parts that no expert adapts share the rows that the others leave.
-    missing = max(own) + 1 - len(own)
-    width = (rows - sum(own.values())) // missing if missing else 0
-    sizes = {part: own.get(part, width) for part in range(max(own) + 1)}
-    ranks = {part: _size(config, path).r for part, path in paths.items()}
+    count = max(heights) + 1
+    missing = count - len(heights)
+    height = (rows - sum(heights.values())) // missing if missing else 0
+    tops = [0, *accumulate(heights.get(part, height) for part in range(count))]
+    starts = [0, *accumulate(sizes[part].r if part in sizes else 0 for part in range(count))]
     for part in parts:
         up, down = part.tensors["lora_B.weight"], part.tensors["lora_A.weight"]
-        top = sum(size for other, size in sizes.items() if other < part.part)
-        start = sum(rank for other, rank in ranks.items() if other < part.part)
-        _check_fit(part, columns, rows - top, ranks[part.part], experts)
-        own_ranks = slice(start, start + down.shape[0])
-        A[part.expert, own_ranks] = down
+        top, start = tops[part.part], starts[part.part]
+        _check_fit(part, columns, rows - top, sizes[part.part].r, experts)
+        ranks = slice(start, start + len(down))
+        A[part.expert, ranks] = down
         change = _size(config, part.path).scale(config) / scale if scale else 1.0
-        B[part.expert, top : top + up.shape[0], own_ranks] = up * change
+        B[part.expert, top : top + len(up), ranks] = up * change
     stacked = B.permute(1, 2, 0).reshape(rows, r * experts).contiguous()
     return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": stacked}, settings
 
