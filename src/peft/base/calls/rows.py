@@ -148,7 +148,7 @@ class CallRows:
         self.batch_dim = batch_dim
         self.fixed = fixed
         self.rows = count_samples(self.shapes, batch_dim)
-        self._known: dict[object, RowOwners | None] = {}
+        self._owners_by_input: dict[object, RowOwners | None] = {}
         self._by_row: CallRows | None = None
 
     def nested(self, shapes: Iterable[ArgumentShape], is_generating: bool) -> CallRows:
@@ -160,35 +160,35 @@ class CallRows:
             times, rest = divmod(inner.rows, self.samples)
             is_doubled = self.is_guided and times % 2 == 0 and times // 2 in self.repeats
             counts = (*self.counts("main"), *self.counts("decoder"))
-            known = is_generating or is_one_of(times, counts)
-            if known and not rest and not is_doubled:
+            can_repeat = is_generating or is_one_of(times, counts)
+            if can_repeat and not rest and not is_doubled:
                 inner.repeats.append(times)
         return inner
 
     def subset(self, samples: int, fixed: RowOwners) -> CallRows:
         """Return the counts for only some of the samples, with the owners of their rows."""
-        every = self.samples or 1
-        own = [
-            ArgumentShape(name, (sizes[0] // every * samples, *sizes[1:]), is_floating)
-            for name, sizes, is_floating in self.shapes
-            if sizes[0] == self.rows
+        all_samples = self.samples or 1
+        shapes = [
+            shape._replace(sizes=(shape.sizes[0] // all_samples * samples, *shape.sizes[1:]))
+            for shape in self.shapes
+            if shape.sizes[0] == self.rows
         ]
-        return CallRows(samples, own, self.root, self.repeats, fixed=fixed)
+        return CallRows(samples, shapes, self.root, self.repeats, fixed=fixed)
 
     def by_row(self) -> CallRows:
         """Return the counts with each row of the forward, or each of its texts, as a sample."""
         if self._by_row is None:
-            shapes, times = self.shapes, 1
-            ids = next(
-                (s.sizes for s in shapes if s.name == "input_ids" and len(s.sizes) == 3), None
-            )
-            if ids is not None:
-                times = ids[1]
+            shapes, texts = self.shapes, 1
+            ids = next((sizes for name, sizes, _ in shapes if name == "input_ids"), ())
+            if len(ids) == 3:  # [rows, texts, tokens]
+                texts = ids[1]
                 shapes = tuple(
-                    ArgumentShape(n, (z[0] * z[1], *z[2:]) if z[:2] == ids[:2] else z, f)
-                    for n, z, f in shapes
+                    shape._replace(sizes=(ids[0] * texts, *shape.sizes[2:]))
+                    if shape.sizes[:2] == ids[:2]
+                    else shape
+                    for shape in shapes
                 )
-            rows = self.samples if self.rows is None else self.rows * times
+            rows = self.samples if self.rows is None else self.rows * texts
             is_fixed = self.fixed is not None and self.fixed.owner is None
             self._by_row = CallRows(
                 rows,
@@ -214,9 +214,9 @@ class CallRows:
         if layout.expert is not None or torch.compiler.is_compiling():
             return self._owners(x, sizes, leading, layout, samples)
         key = id(layout), leading, sizes[:2], x.device
-        if key not in self._known:
-            self._known[key] = self._owners(x, sizes, leading, layout, samples)
-        return self._known[key]
+        if key not in self._owners_by_input:
+            self._owners_by_input[key] = self._owners(x, sizes, leading, layout, samples)
+        return self._owners_by_input[key]
 
     def _owners(
         self, x: Tensor, sizes: Sequence[int], leading: int, layout: RowLayout, samples: int
@@ -284,16 +284,16 @@ class CallRows:
 
     def tokens(self, stream: str) -> int | None:
         """Return the number of tokens in a row of the inputs; None without token inputs."""
-        known = {shape.name: shape.sizes for shape in self.shapes if len(shape.sizes) > 1}
+        sizes = {shape.name: shape.sizes for shape in self.shapes if len(shape.sizes) > 1}
         return next(
-            (known[name][1 - self.batch_dim] for name in _TOKENS[stream] if name in known), None
+            (sizes[name][1 - self.batch_dim] for name in _TOKENS[stream] if name in sizes), None
         )
 
     def has_more_than_tokens(self) -> bool:
         """Return True if the forward also gets features that are not tokens, as images."""
-        known = (*_TOKENS["main"], *_TOKENS["decoder"])
+        tokens = (*_TOKENS["main"], *_TOKENS["decoder"])
         return any(
-            s.is_floating and s.name not in known and not NO_TOKENS.search(s.name)
+            s.is_floating and s.name not in tokens and not NO_TOKENS.search(s.name)
             for s in self.shapes
         )
 
