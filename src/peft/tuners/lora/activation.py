@@ -77,16 +77,16 @@ class ActiveCall:
     length: int | None = None
     later: ActiveCall | None = None
     acts_on_all: bool = False
-    _known: dict[object, Tensor] = field(default_factory=dict, repr=False)
+    _scales_by_input: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
     def scales(
         self,
+        layer: BaseTunerLayer,
         adapter_name: str | None,
         x: Tensor,
-        layer: BaseTunerLayer,
         dtype: torch.dtype,
-        scale: float | Tensor = 1.0,
-        flat: bool = False,
+        scale: float | Tensor,
+        flat: bool,
     ) -> Tensor | float:
         """Return `scale` for rows of a layer's input on which an adapter acts and 0 for others,
         `[*leading, 1]`, or `[rows, 1]` if `flat`; 0.0 if the call does not tell. No name stands for
@@ -98,26 +98,27 @@ class ActiveCall:
         layout = layer.layout
         # Each expert has tokens of its own; under `torch.compile` sizes may be no keys.
         if layout.expert or isinstance(scale, Tensor) or torch.compiler.is_compiling():
-            return self._scales(mask, x, layer, dtype, scale, flat)
+            return self._scales(layer, mask, x, dtype, scale, flat)
         leading = x.shape[: x.dim() - layout.features]
         key = adapter_name, id(layout), leading, x.device, dtype, scale, flat
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._scales(mask, x, layer, dtype, scale, flat)
-        return found
+        scales = self._scales_by_input.get(key)
+        if scales is None:
+            scales = self._scales(layer, mask, x, dtype, scale, flat)
+            self._scales_by_input[key] = scales
+        return scales
 
     def _scales(
         self,
+        layer: BaseTunerLayer,
         mask: Tensor,
         x: Tensor,
-        layer: BaseTunerLayer,
         dtype: torch.dtype,
         scale: float | Tensor,
         flat: bool,
     ) -> Tensor:
-        found = values_of_rows(mask, x, layer, self.rows).to(dtype)
-        found = found if isinstance(scale, float) and scale == 1 else found * scale
-        return found.reshape(-1, 1) if flat else found.unsqueeze(-1)
+        scales = values_of_rows(mask, x, layer, self.rows).to(dtype)
+        scales = scales if isinstance(scale, float) and scale == 1 else scales * scale
+        return scales.reshape(-1, 1) if flat else scales.unsqueeze(-1)
 
 
 ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
@@ -262,15 +263,17 @@ class Activation:
             seen = _seen(arguments, tokens)
             starts = self._starts(arguments, names, ids, seen)
             for name in names:
-                own = starts.get(name)
+                start = starts.get(name)
                 if name in carried:
-                    before = _for_rows(carried[name], rows)
+                    in_cache = _for_rows(carried[name], rows)
                     # A cache that was cropped or reset no longer has the invocation.
-                    before = torch.where(before < seen, before, NEVER)
-                    own = before if own is None else torch.where(own < NEVER, own, before)
-                if own is not None:
-                    call.starts[name] = own
-                    call.masks[name] = active_tokens(own, tokens, seen)
+                    in_cache = torch.where(in_cache < seen, in_cache, NEVER)
+                    start = (
+                        in_cache if start is None else torch.where(start < NEVER, start, in_cache)
+                    )
+                if start is not None:
+                    call.starts[name] = start
+                    call.masks[name] = active_tokens(start, tokens, seen)
         self._choose(call)
         return call
 
@@ -330,8 +333,8 @@ class Activation:
         if batch is None or batch.only is not None or not call.masks:
             return
         for name, mask in call.masks.items():
-            own = _for_rows(_has_adapter(batch, name, mask.device), mask.shape[0])
-            mask = mask | ~own[:, None]
+            runs_it = _for_rows(_has_adapter(batch, name, mask.device), mask.shape[0])
+            mask = mask | ~runs_it[:, None]
             call.chosen = mask if call.chosen is None else call.chosen & mask
 
 
@@ -345,7 +348,7 @@ def row_scales(
 ) -> Tensor | float:
     """Return `ActiveCall.scales` of the call in progress; 0.0 outside a call of the model."""
     call = ACTIVE_CALLS.current
-    return 0.0 if call is None else call.scales(adapter_name, x, layer, dtype, scale, flat)
+    return 0.0 if call is None else call.scales(layer, adapter_name, x, dtype, scale, flat)
 
 
 def on_all_rows() -> AbstractContextManager[object]:
@@ -392,8 +395,8 @@ def _are_places(positions: object, tokens: int) -> TypeGuard[Tensor]:
 def _cache(arguments: Mapping[str, object]) -> _Cache | None:
     """Return the cache that a forward continues, or None."""
     caches = (arguments.get(name) for name in _CACHES)
-    found = next((cache for cache in caches if hasattr(cache, "__dict__")), None)
-    return cast("_Cache | None", found)
+    cache = next((cache for cache in caches if hasattr(cache, "__dict__")), None)
+    return cast("_Cache | None", cache)
 
 
 def _cache_of(output: object) -> _Cache | None:
