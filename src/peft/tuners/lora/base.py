@@ -290,11 +290,11 @@ class LoraLayer(BaseTunerLayer):
 
         Source: arXiv:2402.09353, eq. 5 and 11 (the norm has no gradient)
         """
-        own = self.decomposition(adapter_name)
-        if own is None:
+        decomposition = self.decomposition(adapter_name)
+        if decomposition is None:
             return super().apply_adapter(adapter_name, x, result)
         dropped = self._dropped(adapter_name, x)
-        factor = own.factor(self.scaling[adapter_name])
+        factor = decomposition.factor(self.scaling[adapter_name])
         if not self._drops(adapter_name):
             return dora.rescaled(self, result + self._delta(adapter_name, dropped), factor)
         factor = dora.by_channel(self, factor)
@@ -325,8 +325,8 @@ class LoraLayer(BaseTunerLayer):
                 return grouped_row_norms(weight, A, B, scale)
             return row_norms(self.geometry.as_stored(weight).flatten(1), A, B, scale)
 
-        own = self.get_base_layer()._parameters.get("weight")
-        if weight is not own or isinstance(scale, Tensor) or not is_running_often():
+        is_copy = weight is not self.get_base_layer()._parameters.get("weight")
+        if is_copy or isinstance(scale, Tensor) or not is_running_often():
             return norms()
         start = self.lora_start[adapter_name].buffers() if adapter_name in self.lora_start else ()
         sources = (weight, *self._weights(adapter_name), *start)
@@ -434,8 +434,8 @@ def empty_linear(in_features: int, out_features: int, bias: bool, place: Placeme
     nn.Module.__init__(module)
     module.in_features, module.out_features = in_features, out_features
     module.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-    own = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-    module.register_parameter("bias", own)
+    values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+    module.register_parameter("bias", None if values is None else nn.Parameter(values))
     return module
 
 

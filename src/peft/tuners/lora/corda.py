@@ -78,16 +78,16 @@ def preprocess_corda(
     counts: dict[str, int] = {}
     covariances: dict[str, Tensor] = {}
     if (state := read_cache(options.cache_file)) is not None:
-        found = _cached(state, ranks, str(options.cache_file))
+        eigens = _cached(state, ranks, str(options.cache_file))
     else:
         counts, covariances = _covariances(
             layers, options, run_model, model if hooked_model is None else hooked_model
         )
-        found = _decomposed(layers, covariances, ranks, options)
+        eigens = _decomposed(layers, covariances, ranks, options)
         if options.cache_file is not None:
-            write_cache(options.cache_file, _flat(found))
+            write_cache(options.cache_file, _flat(eigens))
     for path, layer in layers.items():
-        layer.eigens = found[path]  # type: ignore[assignment]
+        layer.eigens = eigens[path]  # type: ignore[assignment]
         if not options.prune_temporary_fields and path in covariances:
             layer.covariance_matrix = covariances[path]
             layer.sample_count = counts[path]  # type: ignore[assignment]
@@ -123,14 +123,14 @@ def _covariances(
         rows = args[0]
         assert isinstance(rows, Tensor)
         rows = rows.flatten(0, -2)
-        own = covariance(rows if options.use_float16_for_covariance else rows.float())
-        if not torch.isfinite(own).all():
+        product = covariance(rows if options.use_float16_for_covariance else rows.float())
+        if not torch.isfinite(product).all():
             raise PeftValueError(
                 f"`{path}`: its input has values that are NaN or infinite, or whose squares are; "
                 "check the data."
             )
         counts[path] = counts.get(path, 0) + 1
-        sums[path] = sums[path].add_(own) if path in sums else own
+        sums[path] = sums[path].add_(product) if path in sums else product
 
     with watched_inputs(model, {path: modules[path] for path in layers}, note):
         run_model()
@@ -151,23 +151,23 @@ def _decomposed(
     options: CordaConfig,
 ) -> dict[str, CordaEigens]:
     """Return the components of each layer's weight."""
-    found = {}
+    eigens = {}
     for path in track(list(layers), "CorDA", wanted=options.verbose):
         W = as_rows(layers[path], dense_weight(layers[path]))
         try:
-            found[path] = corda(
+            eigens[path] = corda(
                 W, covariances[path].to(W.device), ranks[path], options.corda_method
             )
         except PeftError as error:
             raise PeftValueError(f"`{path}`: {error}") from None
-    return found
+    return eigens
 
 
 def _cached(
     state: Mapping[str, Tensor], ranks: Mapping[str, int], file: str | os.PathLike[str]
 ) -> dict[str, CordaEigens]:
     """Return components from a file; raise if it lacks some or has others."""
-    found = {}
+    eigens = {}
     for path, r in ranks.items():
         parts = [state.get(f"{path}.eigens.{part}") for part in _PARTS]
         tensors = [part for part in parts if part is not None]
@@ -176,14 +176,14 @@ def _cached(
                 f"'{Path(file)}' has no components of rank {r} of `{path}`; it was made for "
                 "another model or config."
             )
-        found[path] = CordaEigens(*tensors)
-    return found
+        eigens[path] = CordaEigens(*tensors)
+    return eigens
 
 
-def _flat(found: Mapping[str, CordaEigens]) -> dict[str, Tensor]:
+def _flat(components: Mapping[str, CordaEigens]) -> dict[str, Tensor]:
     """Return the components by the names of a file."""
     return {
         f"{path}.eigens.{part}": getattr(eigens, part)
-        for path, eigens in found.items()
+        for path, eigens in components.items()
         for part in _PARTS
     }

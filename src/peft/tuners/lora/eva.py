@@ -127,12 +127,12 @@ def get_eva_state_dict(
 
     Source: arXiv:2410.07170, algorithm 1
     """
-    known: Mapping[str, PeftConfig] = {}
+    configs: Mapping[str, PeftConfig] = {}
     unadapted: AbstractContextManager[None] = nullcontext()
     if isinstance(model, PeftModel):
         check_adapter(adapter_name, model.peft_config)
-        known, unadapted = model.peft_config, model.disable_adapter()
-    config = known.get(adapter_name) if peft_config is None else peft_config
+        configs, unadapted = model.peft_config, model.disable_adapter()
+    config = configs.get(adapter_name) if peft_config is None else peft_config
     if config is None:
         raise PeftValueError("`peft_config` is required if the model is not a PeftModel.")
     if not isinstance(config, LoraConfig) or config.eva_config is None:
@@ -143,8 +143,8 @@ def get_eva_state_dict(
         layers = _plain_layers(model, config)
     if not layers:
         raise PeftValueError("EVA is for linear layers, and the model has none to adapt.")
-    own = _input_functions(prepare_layer_inputs_fn, layers)
-    survey = Survey(model, config, layers, own, gather_distributed_inputs)
+    functions = _input_functions(prepare_layer_inputs_fn, layers)
+    survey = Survey(model, config, layers, functions, gather_distributed_inputs)
     with unadapted:
         batches = Batches(
             dataloader, device_of(model), config, prepare_model_inputs_fn, show_progress_bar
@@ -230,12 +230,12 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    found = {name.removeprefix(MODEL_ROOT): rows for name, rows in eva_state_dict.items()}
+    directions = {name.removeprefix(MODEL_ROOT): rows for name, rows in eva_state_dict.items()}
     tuner = model.base_model
     if not isinstance(tuner, LoraModel):
         raise PeftNotSupportedError("EVA is not supported for a model that mixes methods.")
     with changing(model, [adapter_name]):
-        put_directions(tuner, adapter_name, found)
+        put_directions(tuner, adapter_name, directions)
 
 
 def _adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ from ...core.base_layer import geometry
 from ...core.measuring import watched_inputs
 from ...integrations.distributed import gathered_rows
 from .config import LoraConfig
+from .starts.configs import EvaConfig
 from .starts.eva import PrincipalDirections, shared_ranks
 
 Batch: TypeAlias = Any
@@ -97,10 +98,16 @@ class Survey:
     functions: dict[str, LayerInputs]
     gathers: bool
     leaders: dict[str, str] = field(default_factory=dict)
-    found: dict[str, PrincipalDirections] = field(default_factory=dict)
+    estimates: dict[str, PrincipalDirections] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     budget: int = 0
     prepared: Prepared = None
+
+    @property
+    def options(self) -> EvaConfig:
+        """The settings of EVA."""
+        assert self.config.eva_config is not None
+        return self.config.eva_config
 
     def rows(self, path: str, args: tuple[object, ...]) -> Tensor:
         """Return the rows of a layer's input to use."""
@@ -121,8 +128,6 @@ class Survey:
             raise PeftValueError(
                 f"The model did not call {listed(silent)}; leave them out of the targets."
             )
-        options = self.config.eva_config
-        assert options is not None
         first_with: dict[tuple[object, ...], str] = {}
         limits: dict[str, int] = {}
         for path, layer in self.layers.items():
@@ -131,12 +136,12 @@ class Survey:
             leader = self.leaders[path] = first_with.setdefault(digests[path], path)
             size = geometry(layer)
             assert size is not None
-            most = min(round(r * options.rho), size.in_features)
+            most = min(round(r * self.options.rho), size.in_features)
             limits[leader] = max(limits.get(leader, 0), most)
         # Leaders come first, so that they win where shares are equal.
         followers = {path: leader for path, leader in self.leaders.items() if path != leader}
         self.leaders = {**dict(zip(limits, limits, strict=True)), **followers}
-        self.found = {path: PrincipalDirections(most) for path, most in limits.items()}
+        self.estimates = {path: PrincipalDirections(most) for path, most in limits.items()}
         self.ranks = {path: limits[leader] for path, leader in self.leaders.items()}
 
     def find_directions(self, run: Run, batches: Batches) -> None:
@@ -147,23 +152,23 @@ class Survey:
         def note(path: str, args: tuple[object, ...]) -> None:
             if path in done:
                 return
-            rows, found = self.rows(path, args), self.found[path]
-            if len(rows) >= found.count:
-                found.add(rows)
+            rows, estimate = self.rows(path, args), self.estimates[path]
+            if len(rows) >= estimate.count:
+                estimate.add(rows)
             else:
                 fewest[path] = max(fewest.get(path, 0), len(rows))
 
-        watched = {path: self.layers[path] for path in self.found}
+        watched = {path: self.layers[path] for path in self.estimates}
         with watched_inputs(self.model, watched, note):
             for passes in range(_MOST_PASSES):
                 for batch, self.prepared, shown in batches.once(passes + 1):
-                    done = {path for path in self.found if self._has_settled(path)}
+                    done = {path for path in self.estimates if self._has_settled(path)}
                     remark(shown, f"{len(done)} of {len(watched)} inputs have settled")
                     if len(done) == len(watched):
                         return
                     run(self.model, batch)
-                    if all(found.directions is not None for found in self.found.values()):
-                        shares = {p: found.variance_shares for p, found in self.found.items()}
+                    if all(e.directions is not None for e in self.estimates.values()):
+                        shares = {path: e.variance_shares for path, e in self.estimates.items()}
                         self.ranks = shared_ranks(shares, self.leaders, self.budget)
                 self._check_rows(fewest)
         warn(
@@ -172,32 +177,29 @@ class Survey:
         )
 
     def _has_settled(self, path: str) -> bool:
-        options = self.config.eva_config
-        assert options is not None
-        similarity = self.found[path].similarity[: self.ranks[path]]
-        return bool((similarity >= options.tau).all())
+        similarity = self.estimates[path].similarity[: self.ranks[path]]
+        return bool((similarity >= self.options.tau).all())
 
     def _check_rows(self, fewest: Mapping[str, int]) -> None:
         """Raise if a pass over the data had no batch with enough rows for a layer."""
-        short = [path for path, found in self.found.items() if found.directions is None]
+        short = [path for path, estimate in self.estimates.items() if estimate.directions is None]
         if short:
             path = short[0]
             raise PeftValueError(
-                f"`{path}`: every batch has fewer rows than the {self.found[path].count} "
+                f"`{path}`: every batch has fewer rows than the {self.estimates[path].count} "
                 f"directions to find, at most {fewest.get(path, 0)}; use larger batches, or a "
                 "smaller `r` or `rho`."
             )
 
     def result(self) -> dict[str, Tensor]:
         """Return the directions of each layer."""
-        options, result = self.config.eva_config, {}
-        assert options is not None
+        result = {}
         for path, rank in self.ranks.items():
-            found = self.found[self.leaders[path]]
-            assert found.directions is not None
-            rows = found.directions[:rank]
-            if options.whiten:
-                rows = rows / found.singular_values[:rank].sqrt().unsqueeze(1)
+            estimate = self.estimates[self.leaders[path]]
+            assert estimate.directions is not None
+            rows = estimate.directions[:rank]
+            if self.options.whiten:
+                rows = rows / estimate.singular_values[:rank].sqrt().unsqueeze(1)
             result[path] = rows
         return {path: result[path].clone() for path in self.layers}
 

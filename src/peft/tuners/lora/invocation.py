@@ -33,8 +33,8 @@ def invocation_starts(ids: Tensor, invocation: Tensor) -> Tensor:
         4
     """
     begins = _begins(ids, invocation)
-    found = torch.where(begins, torch.arange(ids.shape[1], device=ids.device), -1).amax(1)
-    return torch.where(found < 0, NEVER, found)
+    starts = torch.where(begins, torch.arange(ids.shape[1], device=ids.device), -1).amax(1)
+    return torch.where(starts < 0, NEVER, starts)
 
 
 def active_tokens(starts: Tensor, tokens: int, seen: int | Tensor = 0) -> Tensor:

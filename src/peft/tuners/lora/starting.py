@@ -130,8 +130,8 @@ def replace_starts(
     for path, layer in layers.items():
         start = starts.get(outer_path(path))
         if start is not None and isinstance(layer, LoraLayer) and name in layer.lora_start:
-            for own, value in zip(layer.lora_start[name].buffers(), start, strict=True):
-                own.copy_(value)
+            for buffer, value in zip(layer.lora_start[name].buffers(), start, strict=True):
+                buffer.copy_(value)
 
 
 def _quoted(paths: Iterable[str]) -> str:

@@ -75,16 +75,17 @@ def without_followers(state: Mapping[str, Tensor], names: Collection[str]) -> di
     """Return a file's tensors without those of followers: transposed factors of an embedding that
     are none of `names`, the keys of the adapter in the model.
     """
-    known = set(map(_plain, names))
-    shapes = {
-        tuple(tensor.shape[::-1]) for key, tensor in state.items() if "lora_embedding_" in key
-    } | {tuple(tensor.shape) for key, tensor in state.items() if "lora_embedding_" in key}
-    kept = {}
-    for key, tensor in state.items():
+    present = set(map(_plain, names))
+    if not present:
+        return dict(state)
+    of_embeddings = [tuple(t.shape) for key, t in state.items() if "lora_embedding_" in key]
+    shapes = {*of_embeddings, *(shape[::-1] for shape in of_embeddings)}
+
+    def is_of_follower(key: str, tensor: Tensor) -> bool:
         is_factor = key.endswith(_FACTORS) or "lora_embedding_" in key
-        if not known or _plain(key) in known or not is_factor or tuple(tensor.shape) not in shapes:
-            kept[key] = tensor
-    return kept
+        return _plain(key) not in present and is_factor and tuple(tensor.shape) in shapes
+
+    return {key: tensor for key, tensor in state.items() if not is_of_follower(key, tensor)}
 
 
 def _followers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Follower]]:
