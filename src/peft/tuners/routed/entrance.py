@@ -91,28 +91,25 @@ def get_routed_model(
             "The config names experts already; use `get_peft_model(model, config)`, or leave them "
             "out of it."
         )
-    config, in_memory = config.for_adapter(), dict[str, Deltas]()
-    config.experts = described(model, experts, in_memory, config.deltas_only)
-    if general_experts:
-        config.general_experts = described(model, general_experts, in_memory, config.deltas_only)
+    config = config.for_adapter()
+    config.experts, in_memory = described(model, experts, config.deltas_only)
+    config.general_experts, general = described(model, general_experts or {}, config.deltas_only)
     config.base_model_name_or_path = (
         plain(getattr(model, "name_or_path", None)) or config.base_model_name_or_path
     )
     config.validate()
-    with at_hand(in_memory, hub_options):
+    with at_hand({**in_memory, **general}, hub_options):
         return PeftModel.class_for(config.task_type)(
             model, config, adapter_name, autocast_adapter_dtype
         )
 
 
 def described(
-    model: nn.Module,
-    experts: Mapping[str, Expert],
-    in_memory: dict[str, Deltas],
-    deltas_only: bool = False,
-) -> dict[str, Source]:
-    """Return experts as the fields of a config; put deltas into `in_memory`, by `key_of`."""
+    model: nn.Module, experts: Mapping[str, Expert], deltas_only: bool
+) -> tuple[dict[str, Source], dict[str, Deltas]]:
+    """Return experts as the fields of a config, and the deltas of those in memory, by `key_of`."""
     sources: dict[str, Source] = {}
+    in_memory: dict[str, Deltas] = {}
     for name, expert in experts.items():
         if not isinstance(name, str):
             raise PeftTypeError(f"An expert's name must be a string, not {name!r}.")
@@ -126,10 +123,10 @@ def described(
             for task, deltas in _in_memory(model, name, expert, deltas_only).items():
                 source = {"source": None, "digest": deltas_digest(deltas)}
                 in_memory[key_of(source)] = deltas
-                own = f"{name}.{task}" if task else name
-                check_free(own, sources)
-                sources[own] = source
-    return sources
+                expert_name = f"{name}.{task}" if task else name
+                check_free(expert_name, sources)
+                sources[expert_name] = source
+    return sources, in_memory
 
 
 def _in_memory(model: nn.Module, name: str, expert: object, deltas_only: bool) -> dict[str, Deltas]:

@@ -127,11 +127,6 @@ class SharedWeights(nn.Module):
         super().__init__()
         self._held = (weights,)  # in a tuple, so that torch does not register it
 
-    @property
-    def weights(self) -> ExpertWeights:
-        """The other layer's weights."""
-        return self._held[0]
-
     def forward(self) -> Tensor:
         """Return the other layer's values."""
         return self._held[0]()

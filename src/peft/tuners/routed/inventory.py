@@ -75,8 +75,8 @@ def _by_number(config: RoutedConfig, weights: Mapping[str, object]) -> dict[int,
 
 def add_experts(adapter: RoutedAdapter, experts: Mapping[str, Expert]) -> None:
     """Put experts into an adapter, after those that it has."""
-    config, in_memory = adapter.config, dict[str, Deltas]()
-    new = described(adapter.tuner.model, experts, in_memory, config.deltas_only)
+    config = adapter.config
+    new, in_memory = described(adapter.tuner.model, experts, config.deltas_only)
     if taken := sorted(new.keys() & config.experts.keys()):
         raise PeftValueError(f"The adapter has experts {taken} already; choose other names.")
     _rebuild(adapter, {**config.experts, **new}, in_memory)
