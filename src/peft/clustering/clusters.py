@@ -90,26 +90,25 @@ class AdapterClusters:
     @property
     def members(self) -> dict[str, list[str]]:
         """The adapters of each cluster: "cluster_0", "cluster_1", …."""
-        found: dict[str, list[str]] = {}
-        for name, label in sorted(
-            zip(self.similarity.names, self.labels, strict=True), key=lambda pair: pair[1]
-        ):
-            found.setdefault(f"cluster_{label}", []).append(name)
-        return found
+        names = self.similarity.names
+        return {
+            f"cluster_{cluster}": [names[i] for i in numbers]
+            for cluster, numbers in enumerate(self._numbers())
+        }
 
     @property
     def medoids(self) -> list[str]:
         """The most central adapter of each cluster: that with the least sum of distances."""
-        apart = distances(_vectors(self.similarity, self.metric))
-        found = []
-        for own in self._numbers():
-            central = int(apart[own][:, own].sum(1).argmin())
-            found.append(self.similarity.names[own[central]])
-        return found
+        between = distances(_vectors(self.similarity, self.metric))
+        medoids = []
+        for numbers in self._numbers():
+            central = int(between[numbers][:, numbers].sum(1).argmin())
+            medoids.append(self.similarity.names[numbers[central]])
+        return medoids
 
     def _numbers(self) -> list[list[int]]:
         """Return the adapters of each cluster by number."""
-        return [[i for i, own in enumerate(self.labels) if own == c] for c in range(self.k)]
+        return [[i for i, label in enumerate(self.labels) if label == c] for c in range(self.k)]
 
     def __repr__(self) -> str:
         return f"AdapterClusters({len(self.labels)} adapters, {self.k} clusters)"
@@ -136,12 +135,12 @@ class AdapterClusters:
         cosines = self.similarity.cosines()
         result = []
         groups = zip(self.members.items(), self._numbers(), self.medoids, strict=True)
-        for (cluster, members), own, medoid in groups:
-            pairs = len(own) * (len(own) - 1)
-            inside = cosines[own][:, own]
+        for (cluster, members), numbers, medoid in groups:
+            pairs = len(numbers) * (len(numbers) - 1)
+            inside = cosines[numbers][:, numbers]
             mean = float((inside.sum() - inside.diagonal().sum()) / pairs) if pairs else None
-            silhouette = float(self.silhouettes[own].mean())
-            result.append(ClusterRow(cluster, len(own), mean, silhouette, medoid, members))
+            silhouette = float(self.silhouettes[numbers].mean())
+            result.append(ClusterRow(cluster, len(numbers), mean, silhouette, medoid, members))
         return result
 
     def to_pandas(self) -> DataFrame:
@@ -177,8 +176,8 @@ class AdapterClusters:
             path: A file for the figure, its suffix says the format; None saves nothing.
         """
         names, groups = self.similarity.names, self._numbers()
-        order = [i for own in groups for i in own]
-        sizes = [len(own) for own in groups]
+        order = [i for numbers in groups for i in numbers]
+        sizes = [len(numbers) for numbers in groups]
         figure = plot_similarity(names, self.similarity.cosines(), order, clusters=sizes)
         if path is not None:
             figure.savefig(path)
@@ -312,11 +311,11 @@ def clusters_of(
     if max(counts) > n:
         raise PeftValueError(f"`k`={max(counts)} is more than the {n} adapters.")
     products = _vectors(similarity, metric)
-    apart = distances(products)
+    between = distances(products)
     tried = track(counts, "Clustering", unit="k")
     parts = {count: _partition(products, count, method, metric, seed) for count in tried}
     scores = {
-        count: silhouettes(apart, part.labels) if count > 1 else torch.zeros(n).double()
+        count: silhouettes(between, part.labels) if count > 1 else torch.zeros(n).double()
         for count, part in parts.items()
     }
     best = max(counts, key=lambda count: float(scores[count].mean()))

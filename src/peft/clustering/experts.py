@@ -38,16 +38,19 @@ def weighted_members(
 ) -> list[Cluster]:
     """Return clusters with the weights of their members: those given, or equal ones of sum 1."""
     if weights is None:
-        return [Cluster(name, dict.fromkeys(own, 1 / len(own))) for name, own in members.items()]
+        return [
+            Cluster(cluster, dict.fromkeys(names, 1 / len(names)))
+            for cluster, names in members.items()
+        ]
     if not isinstance(weights, Mapping):
         raise PeftTypeError(f"`weights`={weights!r} must be a dictionary: adapter → number.")
-    every = [member for own in members.values() for member in own]
-    if unknown := [name for name in weights if name not in every]:
+    adapters = [name for names in members.values() for name in names]
+    if unknown := [name for name in weights if name not in adapters]:
         raise PeftValueError(
             f"`weights` has {unknown[0]!r}, which is no adapter of the clusters."
-            f"{did_you_mean(str(unknown[0]), every)}"
+            f"{did_you_mean(str(unknown[0]), adapters)}"
         )
-    if missing := [name for name in every if name not in weights]:
+    if missing := [name for name in adapters if name not in weights]:
         raise PeftValueError(
             f"`weights` must have a number for each adapter; {missing[0]!r} lacks."
         )
@@ -55,8 +58,8 @@ def weighted_members(
         for problem in number(f"weights[{name!r}]", value):
             raise PeftValueError(problem)
     return [
-        Cluster(name, {member: float(weights[member]) for member in own})
-        for name, own in members.items()
+        Cluster(cluster, {name: float(weights[name]) for name in names})
+        for cluster, names in members.items()
     ]
 
 

@@ -270,12 +270,12 @@ def _products(rows: Experts, columns: Experts, by_layer: bool) -> dict[str, Tens
         right = left if columns is rows else _with_layer(columns, path)
         if not right.numbers:
             continue
-        found = inner_products(left.deltas, right.deltas).to(total)
-        own = torch.tensor(left.numbers).unsqueeze(1), torch.tensor(right.numbers)
-        total[own] += found
+        products = inner_products(left.deltas, right.deltas).to(total)
+        entries = torch.tensor(left.numbers).unsqueeze(1), torch.tensor(right.numbers)
+        total[entries] += products
         if by_layer:
             result[path] = torch.zeros_like(total)
-            result[path][own] = found
+            result[path][entries] = products
     return result
 
 
@@ -287,8 +287,8 @@ class _Layer(NamedTuple):
 
 
 def _with_layer(experts: Experts, path: str) -> _Layer:
-    having = [i for i, deltas in enumerate(experts.values()) if path in deltas]
-    return _Layer(having, [deltas[path] for deltas in experts.values() if path in deltas])
+    found = {i: deltas[path] for i, deltas in enumerate(experts.values()) if path in deltas}
+    return _Layer(list(found), list(found.values()))
 
 
 def _assembled(

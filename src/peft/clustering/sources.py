@@ -120,7 +120,7 @@ class DeltaSource:
                 raise
             raise type(error)(f"Adapter {name!r}: {error}") from error
         several = len(views) > 1
-        experts = {f"{name}.{task}" if several else name: own for task, own in views.items()}
+        experts = {f"{name}.{task}" if several else name: view for task, view in views.items()}
         self._owners.update(dict.fromkeys(experts, name))
         return experts
 
@@ -200,11 +200,11 @@ def _check_shapes(
     for name, deltas in experts.items():
         for path, delta in deltas.items():
             shape = (delta.B.shape[0], delta.A.shape[1])
-            other, known = shapes.setdefault(path, (name, shape))
-            if known != shape:
+            first, first_shape = shapes.setdefault(path, (name, shape))
+            if first_shape != shape:
                 raise CheckpointError(
-                    f"`{path}`: the delta of {name} is {list(shape)}, that of {other} "
-                    f"{list(known)}; adapters of different base models have no similarity."
+                    f"`{path}`: the delta of {name} is {list(shape)}, that of {first} "
+                    f"{list(first_shape)}; adapters of different base models have no similarity."
                 )
 
 
