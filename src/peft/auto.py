@@ -148,14 +148,14 @@ def _model_class(library: str, name: str, allowed: Sequence[str] | None) -> _Mod
             f"it is safe, pass `import_allowlist=[{library!r}]`; or load the base model yourself, "
             "then use `PeftModel.from_pretrained`."
         )
-    found = getattr(importlib.import_module(library), name, None)
-    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+    model_class = getattr(importlib.import_module(library), name, None)
+    if not isinstance(model_class, type) or not hasattr(model_class, "from_pretrained"):
         raise PeftValueError(
             f"The adapter's config says that its base model is of class {name!r} of {library!r}: "
             "there is no such class of models. Load the base model yourself, then use "
             "`PeftModel.from_pretrained`."
         )
-    return found
+    return model_class
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

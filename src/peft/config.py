@@ -357,13 +357,14 @@ class PeftConfig:
                 "{'peft_type'}. The file is not an adapter's config."
             )
         config_cls = lookup(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type)
-        own = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
-        own |= {
-            name: parse_patterns(own[name], True)
+        changes = {f.name: overrides[f.name] for f in fields(config_cls) if f.name in overrides}
+        changes |= {
+            name: parse_patterns(changes[name], True)
             for name in config_cls.patterns
-            if isinstance(own.get(name), dict)
+            if isinstance(changes.get(name), dict)
         }
-        content = {**content, "peft_version": content.get("peft_version") or __version__, **own}
+        version = content.get("peft_version") or __version__
+        content = {**content, "peft_version": version, **changes}
         return cls.from_peft_type(**{**config_cls.absent_values, **config_cls._upgrade(content)})
 
     @classmethod
@@ -490,7 +491,7 @@ def _unknown_fields(names: list[str], known: list[str]) -> str:
         else did_you_mean(name, known)
         for name in names
     ]
-    own = [name for name in known if name not in PeftConfig.__dataclass_fields__]
-    listed = "" if all(hints) else f" There are {', '.join(own or known)}."
+    of_method = [name for name in known if name not in PeftConfig.__dataclass_fields__]
+    listed = "" if all(hints) else f" There are {', '.join(of_method or known)}."
     start = "an unexpected keyword argument" if len(names) == 1 else "unexpected keyword arguments"
     return f"{start} {', '.join(map(repr, names))}.{''.join(hints)}{listed}"

@@ -182,8 +182,8 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: A `PeftModel`, or a model that adapters were injected into.
         active: False changes nothing.
     """
-    every = walk(model) if active else ()
-    layers = [module for _, module in every if isinstance(module, BaseTunerLayer)]
+    modules = walk(model) if active else ()
+    layers = [module for _, module in modules if isinstance(module, BaseTunerLayer)]
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:
@@ -207,8 +207,8 @@ def _update(model: nn.Module, name: str) -> None:
         return getattr(type(self), name)(self, *args, **kwargs)
 
     signature = inspect.signature(shown)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [own, *signature.parameters.values()]
+    receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [receiver, *signature.parameters.values()]
     vars(method)["__signature__"] = signature.replace(parameters=parameters)
     method.__name__, method.__doc__ = name, getattr(type(base), name, shown).__doc__
     setattr(model, name, MethodType(method, model))

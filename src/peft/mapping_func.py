@@ -110,19 +110,19 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    own = result.peft_config[adapter_name]
-    before, name = own.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
+    config = result.peft_config[adapter_name]
+    before, name = config.base_model_name_or_path, plain(getattr(model, "name_or_path", None))
     if name and before not in (None, name):
         warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint."
         )
-    own.base_model_name_or_path = name or before
+    config.base_model_name_or_path = name or before
     if revision is not None:
-        if own.revision not in (None, revision):
+        if config.revision not in (None, revision):
             warn(
-                f"peft config has already set base model revision to {own.revision}, "
+                f"peft config has already set base model revision to {config.revision}, "
                 f"overwriting with revision {revision}"
             )
-        own.revision = revision
+        config.revision = revision
     return result

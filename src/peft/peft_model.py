@@ -180,8 +180,9 @@ class PeftModel(nn.Module):
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the base model's inputs for one step, and the method's arguments (`task_ids`)."""
-        own = {k: kwargs.pop(k) for k in self.base_model.adapter_call_arguments if k in kwargs}
-        return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **own}
+        names = self.base_model.adapter_call_arguments
+        for_adapters = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return {**self.base_model.prepare_inputs_for_generation(*args, **kwargs), **for_adapters}
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the tuner, or of the base model, that this class lacks."""
@@ -307,8 +308,8 @@ class PeftModel(nn.Module):
         """
         if isinstance(adapter_name, PeftConfig):
             raise PeftTypeError("The adapter's name comes first: `add_adapter(name, config)`.")
-        own = (name for name, config in self.peft_config.items() if config is peft_config)
-        source = next(own, None)
+        adapters = self.peft_config.items()
+        source = next((name for name, config in adapters if config is peft_config), None)
         if source is not None and calling_library() == "trl":
             self.copy_adapter(source, adapter_name, reference=True)
             return

@@ -139,7 +139,7 @@ def _by_path(config: TargetedConfig, state: Mapping[str, Tensor]) -> TargetedCon
         "inference_mode": True,
         **any_layer(config),
     }
-    own = replace(config, **changes)
+    result = replace(config, **changes)
     if config.source is not None:
-        own.source = config.source
-    return own
+        result.source = config.source
+    return result

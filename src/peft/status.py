@@ -137,7 +137,7 @@ class LayerStatuses(list[TunerLayerStatus]):
                 ", ".join(layer.available_adapters),
                 ", ".join(layer.active_adapters) if layer.enabled else "(disabled)",
                 ", ".join(layer.merged_adapters),
-                ", ".join(name for name, own in layer.requires_grad.items() if own),
+                ", ".join(name for name, trains in layer.requires_grad.items() if trains),
             )
             for layer in self
         }
@@ -218,13 +218,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         active_adapters=_active(layers, adapted),
         merged_adapters=_merged(adapted),
         requires_grad={
-            name: _common([layer.requires_grad[name] for layer in own])
-            for name, own in by_name.items()
+            name: _common([layer.requires_grad[name] for layer in with_adapter])
+            for name, with_adapter in by_name.items()
         },
         available_adapters=names,
         devices={
-            name: sorted({device for layer in own for device in layer.devices[name]})
-            for name, own in by_name.items()
+            name: sorted({device for layer in with_adapter for device in layer.devices[name]})
+            for name, with_adapter in by_name.items()
         },
         quantization_backend=_common([layer.quantization_backend for layer in adapted] or [None]),
     )
@@ -253,16 +253,16 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 def _layer_status(path: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> TunerLayerStatus:
     """Return the state of a layer, or of a module that is trained beside the adapters."""
-    tensors: dict[str, list[Tensor]]
+    by_name: dict[str, list[Tensor]]
     kind, merged, backend = type(layer).__name__, list[str](), None
     if isinstance(layer, BaseTunerLayer):
         kind, merged = f"{_method(layer)}.{kind}", list(layer.merged_adapters)
         backend = _backend(layer.holder)
-        tensors = {name: list(layer.adapter_tensors(name)) for name in sorted(layer.scaling)}
+        by_name = {name: list(layer.adapter_tensors(name)) for name in sorted(layer.scaling)}
     else:
-        tensors = {name: list(layer.parameters_of(name)) for name in sorted(layer.adapters)}
+        by_name = {name: list(layer.parameters_of(name)) for name in sorted(layer.adapters)}
     # An output head has no tensors where it uses the rows of the embedding that it is tied to.
-    tensors = {name: own for name, own in tensors.items() if own}
+    by_name = {name: tensors for name, tensors in by_name.items() if tensors}
     return TunerLayerStatus(
         name=path,
         module_type=kind,
@@ -270,11 +270,13 @@ def _layer_status(path: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
         active_adapters=list(layer.active_adapters),
         merged_adapters=merged,
         requires_grad={
-            name: _common([tensor.requires_grad for tensor in own]) for name, own in tensors.items()
+            name: _common([tensor.requires_grad for tensor in tensors])
+            for name, tensors in by_name.items()
         },
-        available_adapters=list(tensors),
+        available_adapters=list(by_name),
         devices={
-            name: sorted({tensor.device.type for tensor in own}) for name, own in tensors.items()
+            name: sorted({tensor.device.type for tensor in tensors})
+            for name, tensors in by_name.items()
         },
         quantization_backend=backend,
     )
@@ -320,9 +322,10 @@ def _active(
     if active == "irregular":
         return active
     for layer in layers:
-        own = [name for name in active if name in layer.available_adapters]
+        active_here = [name for name in active if name in layer.available_adapters]
         is_follower = not layer.available_adapters  # the parameters are another module's
-        if "." not in layer.module_type and not is_follower and layer.active_adapters != own:
+        is_companion = "." not in layer.module_type and not is_follower
+        if is_companion and layer.active_adapters != active_here:
             return "irregular"
     return active
 
@@ -331,7 +334,7 @@ def _merged(adapted: list[TunerLayerStatus]) -> list[str] | Irregular:
     """Return the merged adapters if all layers that have them agree."""
     merged = list(dict.fromkeys(name for layer in adapted for name in layer.merged_adapters))
     for layer in adapted:
-        own = [name for name in merged if name in layer.available_adapters]
-        if not set(layer.merged_adapters).issuperset(own):
+        merged_elsewhere = set(merged).difference(layer.merged_adapters)
+        if merged_elsewhere.intersection(layer.available_adapters):
             return "irregular"
     return merged

@@ -116,14 +116,14 @@ def time_adapter(
     if not isinstance(inputs, Mapping):
         raise PeftTypeError(f"`inputs` must be keyword arguments by name, not {inputs!r}.")
     required = {p: p.requires_grad for p in model.parameters()}
-    trained = {p: p.is_floating_point() if training else own for p, own in required.items()}
+    trained = {p: p.is_floating_point() for p in required} if training else required
     mode = model.training
     try:
         _set_gradients(trained)
         before = _series(model, inputs, rounds, training)
         adapted = get_peft_model(model, config)
         try:
-            own = _series(adapted, {**inputs, **(adapter_inputs or {})}, rounds, training)
+            within = _series(adapted, {**inputs, **(adapter_inputs or {})}, rounds, training)
         finally:
             adapted.unload()
         _set_gradients(trained)
@@ -131,8 +131,10 @@ def time_adapter(
     finally:
         _set_gradients(required)
         model.train(mode)
-    base = [median([*one, *two]) for one, two in zip(before, after, strict=True)]
-    times = [(value, median(with_adapter)) for value, with_adapter in zip(base, own, strict=True)]
+    times = [
+        (median([*before_it, *after_it]), median(with_it))
+        for before_it, with_it, after_it in zip(before, within, after, strict=True)
+    ]
     device = next(model.parameters()).device
     return StepTimes(
         method=PeftType(config.peft_type).value,

@@ -112,8 +112,8 @@ def _report(source: str) -> Report:
     folder = Path(source)
     if folder.is_file() and source.endswith(PACK_SUFFIX):
         return _Pack(source)
-    own = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CONFIG_NAME)]
-    if not folder.is_dir() or any(path.is_file() for path in own):
+    names = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CONFIG_NAME
+    if not folder.is_dir() or any((folder / name).is_file() for name in names):
         return inspect_adapter(source)
     result = _Several(source)
     files = {path.parent / SAFETENSORS_WEIGHTS_NAME for path in folder.rglob(CONFIG_NAME)}

@@ -49,14 +49,14 @@ def offloaded_values(
     model: nn.Module, tensors: Collection[int], adapters: Collection[str] | None
 ) -> dict[int, Tensor]:
     """Return the values of the offloaded ones of some tensors (ids of parameters), by id."""
-    found = {}
+    values = {}
     for _, module in walk(model, adapters) if tensors else ():
         if (hook := _hook(module)) is None:
             continue
         for name, parameter in module._parameters.items():
             if id(parameter) in tensors:
-                found[id(parameter)] = hook.weights_map[name]
-    return found
+                values[id(parameter)] = hook.weights_map[name]
+    return values
 
 
 def end_offloading(module: nn.Module) -> None:

@@ -17,11 +17,11 @@ def unsplit_classes(model: nn.Module) -> set[str]:
     """Return the names of the module classes that a transformers model, or a model in it, keeps on
     one device.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for _, module in walk(model):
-        found |= {*(getattr(type(module), "_no_split_modules", None) or ())}
-        found |= {*(vars(module).get("_no_split_modules") or ())}
-    return found
+        names.update(getattr(type(module), "_no_split_modules", None) or ())
+        names.update(vars(module).get("_no_split_modules") or ())
+    return names
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
