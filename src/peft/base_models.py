@@ -158,7 +158,7 @@ def save_merged(
         _copy_companions(Path(place, subfolder or ""), folder)
 
 
-class _ModelClass(NamedTuple):
+class _BaseModelClass(NamedTuple):
     """A model's class in another library, and the config that it is made of."""
 
     cls: Any
@@ -181,7 +181,7 @@ class _ModelClass(NamedTuple):
 
 def _find_class(
     source: str | os.PathLike[str], task_type: str | None, hub: HubOptions
-) -> _ModelClass:
+) -> _BaseModelClass:
     """Return the class of the model that a `config.json` describes."""
     if task_type is not None and task_type not in [task.value for task in TaskType]:
         raise PeftValueError(
@@ -207,7 +207,7 @@ def _find_class(
             "have. Load the model yourself and use the Python functions."
         )
     place = "" if path == Path(source) else os.fspath(source)  # a config is not the model
-    return _ModelClass(cls, path, content, is_diffusers, place)
+    return _BaseModelClass(cls, path, content, is_diffusers, place)
 
 
 def _copy_companions(source: str | os.PathLike[str], folder: Path, ignored: str = "\0") -> None:
