@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import torch
@@ -249,17 +249,9 @@ def write_value(target: Tensor, value: Tensor) -> None:
     target.copy_(shard_like(target, value))
 
 
-@contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Context in which parameters that ZeRO-3 has emptied are full, to be read."""
-    emptied = [parameter for parameter in parameters if _is_emptied(parameter)]
-    if not emptied:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(emptied):
-        yield
+def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Return a context in which parameters that ZeRO-3 has emptied are full, to be read."""
+    return gather_params_ctx(filter(_is_emptied, parameters), modifier_rank=None)
 
 
 @contextmanager
