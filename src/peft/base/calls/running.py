@@ -67,12 +67,12 @@ class RunningCalls:
         self._change: _Change | None = None
         self._one_change = RLock()
         self._ended = Condition()  # notified when calls or the change have ended
-        _all.add(self)
+        _instances.add(self)
 
     @classmethod
     def of(cls, base: nn.Module) -> RunningCalls:
         """Return those of a base model, which all models with adapters around it share."""
-        return _of.setdefault(base, cls())
+        return _by_base.setdefault(base, cls())
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy starts with no call in progress."""
@@ -163,12 +163,12 @@ class RunningCalls:
         self._ended = Condition()
 
 
-_all: WeakSet[RunningCalls] = WeakSet()
-_of: WeakKeyDictionary[nn.Module, RunningCalls] = WeakKeyDictionary()
+_instances: WeakSet[RunningCalls] = WeakSet()
+_by_base: WeakKeyDictionary[nn.Module, RunningCalls] = WeakKeyDictionary()
 
 
 def _keep_own_threads() -> None:
-    for running in _all:
+    for running in _instances:
         running._keep_own_thread()
 
 
