@@ -13,13 +13,10 @@ from ..base.errors import (
     PeftValueError,
     PeftWarning,
     UnsupportedModuleError,
-    calling_library,
-    warn,
 )
 
 __all__ = [
     "CheckpointError", "CheckpointNotFoundError", "CheckpointWriteError",
     "NoMatchingPeftModuleError", "PeftError", "PeftNotSupportedError", "PeftRuntimeError",
-    "PeftTypeError", "PeftValueError", "PeftWarning", "UnsupportedModuleError", "calling_library",
-    "warn",
+    "PeftTypeError", "PeftValueError", "PeftWarning", "UnsupportedModuleError",
 ]  # fmt: skip

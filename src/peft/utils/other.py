@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..base.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..base.modules import (
-    _get_submodules,
-    check_model,
-    get_submodules,
-    infer_device,
-    model_type,
-    shift_tokens_right,
-)
+from ..base.modules import _get_submodules, infer_device, shift_tokens_right
 from ..base.patterns import matches_path
 from ..base.placeholders import placeholders
 from ..base.tensors import cast_mixed_precision_params, id_tensor_storage, transpose
@@ -72,8 +65,8 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 __all__ = [
     "CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper", "TrainableTokensWrapper", "_freeze_adapter", "_get_no_split_modules",
-    "_get_submodules", "cast_mixed_precision_params", "check_model", "fsdp_auto_wrap_policy",
-    "get_pattern_key", "get_quantization_config", "get_submodules", "id_tensor_storage",
-    "infer_device", "model_type", "prepare_model_for_int8_training",
-    "prepare_model_for_kbit_training", "shift_tokens_right", "transpose",
+    "_get_submodules", "cast_mixed_precision_params", "fsdp_auto_wrap_policy", "get_pattern_key",
+    "get_quantization_config", "id_tensor_storage", "infer_device",
+    "prepare_model_for_int8_training", "prepare_model_for_kbit_training", "shift_tokens_right",
+    "transpose",
 ]  # fmt: skip

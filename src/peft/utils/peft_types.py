@@ -6,17 +6,13 @@ from ..base.registry import (
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
-    WAY_BACK,
     PeftType,
     TaskType,
-    lookup,
-    not_provided,
     register_peft_method,
-    registered_methods,
 )
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "WAY_BACK", "PeftType", "TaskType",
-    "lookup", "not_provided", "register_peft_method", "registered_methods",
+    "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftType", "TaskType",
+    "register_peft_method",
 ]  # fmt: skip
