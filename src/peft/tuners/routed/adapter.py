@@ -46,14 +46,14 @@ class RoutedAdapter:
 
         def find() -> RoutedAdapter:
             take_back(tuner)
-            found = cls.of(tuner, adapter_name)
-            for path, layer in found.layers.items():
-                if any(map(is_sharded, layer.adapter_tensors(found.name))):
+            adapter = cls.of(tuner, adapter_name)
+            for path, layer in adapter.layers.items():
+                if any(map(is_sharded, layer.adapter_tensors(adapter.name))):
                     raise PeftRuntimeError(
-                        f"`{path}`: an engine has sharded adapter {found.name}; change it before "
+                        f"`{path}`: an engine has sharded adapter {adapter.name}; change it before "
                         "the model is sharded."
                     )
-            return found
+            return adapter
 
         return changing_found(tuner, find)
 

@@ -116,10 +116,10 @@ def create_arrow_model(
         hub_options=hub,
         autocast_adapter_dtype=bool(rest.get("autocast_adapter_dtype", True)),
     )
-    own = model.peft_config["arrow_router"]
-    assert isinstance(own, RoutedConfig)
-    arrow_config.task_adapter_names = list(own.experts)
-    arrow_config.gks_adapter_names = list(own.general_experts)
+    routed = model.peft_config["arrow_router"]
+    assert isinstance(routed, RoutedConfig)
+    arrow_config.task_adapter_names = list(routed.experts)
+    arrow_config.gks_adapter_names = list(routed.general_experts)
     return model
 
 

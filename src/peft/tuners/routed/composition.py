@@ -113,9 +113,9 @@ def fit_weights(
         name="expert weights", state="the expert weights", remedy="have it run the model"
     )
     checked = FewShotLoss(loss, lambda batch: adapter.tuner(**batch), subject)
-    own = _own_weights(adapter, by_layer)
+    groups = _weight_groups(adapter, by_layer)
     fit = WeightFit({})
-    with evaluating(adapter.tuner), _fitted(adapter, own) as (vectors, calls):
+    with evaluating(adapter.tuner), _fitted(adapter, groups) as (vectors, calls):
         fit.start = _initialize(list(adapter.config.experts), vectors, init, bound, checked)
         if method == "gradient":
             with torch.enable_grad():
@@ -131,9 +131,9 @@ def fit_weights(
                 f"`loss` never ran the routed layers of adapter {adapter.name}; {subject.remedy}."
             )
     with torch.no_grad():
-        for vector, weights in zip(vectors, own, strict=True):
-            for values in weights:
-                values.copy_(vector)
+        for vector, group in zip(vectors, groups, strict=True):
+            for weights in group:
+                weights.copy_(vector)
     _report(fit, adapter, by_layer)
     fit.seconds = perf_counter() - begin
     return fit
@@ -169,22 +169,21 @@ def _check_options(
         )
 
 
-def _own_weights(adapter: RoutedAdapter, by_layer: bool) -> list[list[Tensor]]:
+def _weight_groups(adapter: RoutedAdapter, by_layer: bool) -> list[list[Tensor]]:
     """Return the layers' weights in groups that get the same values."""
-    found = {
-        id(w): w for w in (layer.expert_weights(adapter.name) for layer in adapter.layers.values())
-    }
-    if by_layer and len(found) < len(adapter.layers):
+    every = (layer.expert_weights(adapter.name) for layer in adapter.layers.values())
+    distinct = list({id(weights): weights for weights in every}.values())
+    if by_layer and len(distinct) < len(adapter.layers):
         raise PeftValueError(
             "`by_layer`=True needs weights of each layer; the adapter has "
             "`weights_granularity`='model'."
         )
-    return [[weights] for weights in found.values()] if by_layer else [list(found.values())]
+    return [[weights] for weights in distinct] if by_layer else [distinct]
 
 
 @contextmanager
 def _fitted(
-    adapter: RoutedAdapter, own: Sequence[Sequence[Tensor]]
+    adapter: RoutedAdapter, groups: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[list[Tensor], list[None]]]:
     """Context in which layers use vectors `[experts]`, one for each group of weights, that start
     from the mean of the group; and a list that grows with each use.
@@ -192,7 +191,7 @@ def _fitted(
     calls: list[None] = []
     vectors: list[Tensor] = []
     of_weights: dict[int, Tensor] = {}
-    for group in own:
+    for group in groups:
         like = group[0].new_empty(0, dtype=torch.promote_types(group[0].dtype, torch.float32))
         vectors.append(torch.stack([weights.detach().to(like) for weights in group]).mean(0))
         of_weights.update({id(weights): vectors[-1] for weights in group})
@@ -251,7 +250,7 @@ def _search(
             raise loss.not_finite(f"`loss` is {value}", 0, 0.0)
         return value if isfinite(value) else float("inf")
 
-    found = evolve(
+    best = evolve(
         objective,
         vector.clone(),
         evaluations=steps + 1,
@@ -259,8 +258,8 @@ def _search(
         bound=bound,
         seed=seed,
     )
-    vector.copy_(found.x)
-    return found.values
+    vector.copy_(best.x)
+    return best.values
 
 
 def _report(fit: WeightFit, adapter: RoutedAdapter, by_layer: bool) -> None:

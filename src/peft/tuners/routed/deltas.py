@@ -22,11 +22,12 @@ class Experts:
 
     def paths(self) -> list[str]:
         """Return the paths of the modules that any expert adapts, each once."""
-        return list(dict.fromkeys(path for own in self.deltas.values() for path in own))
+        return list(dict.fromkeys(path for deltas in self.deltas.values() for path in deltas))
 
     def at(self, path: str) -> LayerExperts:
         """Return the experts' deltas at a module."""
-        parts = {i: own[path] for i, own in enumerate(self.deltas.values()) if path in own}
+        experts = enumerate(self.deltas.values())
+        parts = {number: deltas[path] for number, deltas in experts if path in deltas}
         return LayerExperts(parts, len(self.deltas), self.general.get(path))
 
 

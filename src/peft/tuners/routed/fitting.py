@@ -51,20 +51,20 @@ def collect_prototypes(adapter: RoutedAdapter, examples: Examples, with_expert: 
             f"`routing`={config.routing!r} has no prototypes of examples; use 'activation'."
         )
     batches = _batches(config, examples)
-    found: dict[str, dict[int, Tensor]] = {path: {} for path in layers}
-    for number, own in track(batches.items(), "Collecting prototypes", unit="expert"):
-        for path, mean in _mean_inputs(adapter, number, own, with_expert).items():
+    means: dict[str, dict[int, Tensor]] = {path: {} for path in layers}
+    for number, of_expert in track(batches.items(), "Collecting prototypes", unit="expert"):
+        for path, mean in _mean_inputs(adapter, number, of_expert, with_expert).items():
             if not mean.isfinite().all():
                 raise PeftValueError(
                     f"`{path}`: the mean input of expert {config.task_names[number]!r} is NaN or "
                     "infinite; look for such values in its examples."
                 )
-            found[path][number] = mean
+            means[path][number] = mean
     for path, layer in layers.items():
         experts, gate = layer.factors(adapter_name), layer.routed_gate[adapter_name]
         for place, number in enumerate(experts.numbers.tolist()):
-            if number in found[path]:
-                gate[place] = found[path][number].to(gate)
+            if number in means[path]:
+                gate[place] = means[path][number].to(gate)
                 layer.waiting[adapter_name].discard(number)
 
 
@@ -76,8 +76,8 @@ def _batches(config: RoutedConfig, examples: Examples) -> dict[int, list[Batch]]
             f"model, or input tensors; got {type(examples).__name__}."
         )
     result = {}
-    for name, own in examples.items():
-        batches = [own] if isinstance(own, (Tensor, Mapping)) else list(own)
+    for name, given in examples.items():
+        batches = [given] if isinstance(given, (Tensor, Mapping)) else list(given)
         if not batches or not all(isinstance(b, (Tensor, Mapping)) for b in batches):
             raise PeftTypeError(
                 f"Expert {name!r} needs batches: keyword arguments for the model, or tensors."
@@ -165,7 +165,8 @@ def fit_gates(
         )
     numbers = {name: one_task(name, config, "examples") for name in by_expert if name}
     checked = {
-        name: _loss(adapter.tuner, own, name, numbers.get(name)) for name, own in by_expert.items()
+        name: _loss(adapter.tuner, loss, name, numbers.get(name))
+        for name, loss in by_expert.items()
     }
     adapter.check_running()
     parameters = _trained(layers, adapter_name, config)
@@ -191,14 +192,14 @@ def _trained(
     layers: Mapping[str, RoutedLayer], adapter_name: str, config: RoutedConfig
 ) -> list[Tensor]:
     """Return the parameters that an adapter's routing trains, shared ones once."""
-    found: dict[int, Tensor] = {}
+    parameters: dict[int, Tensor] = {}
     for layer in layers.values():
         if TRAINS[config.routing] == "routed_gate":
             parameter = layer.routed_gate[adapter_name]
         else:
             parameter = layer.expert_weights(adapter_name)
-        found[id(parameter)] = parameter
-    return list(found.values())
+        parameters[id(parameter)] = parameter
+    return list(parameters.values())
 
 
 @contextmanager

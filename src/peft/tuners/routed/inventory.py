@@ -53,12 +53,12 @@ def set_expert_weights(adapter: RoutedAdapter, weights: Mapping[str, object]) ->
             raise PeftValueError(
                 f"`weights`: the adapter has no layer {path!r}.{did_you_mean(path, layers)}"
             )
-    values = {path: _by_number(config, own) for path, own in by_layer.items()}
+    values = {path: _by_number(config, by_name) for path, by_name in by_layer.items()}
     if not by_layer:
         values = dict.fromkeys(layers, _by_number(config, weights))
-    for path, own in values.items():
+    for path, by_number in values.items():
         present = layers[path].expert_weights(adapter.name)
-        for number, value in own.items():
+        for number, value in by_number.items():
             present[number] = value
 
 
@@ -139,17 +139,18 @@ def _keep(
     if old is None:
         return
     layer.scaling[adapter_name] = old.scaling[adapter_name]
-    own, known = layer.factors(adapter_name), old.factors(adapter_name)
-    numbers = {name: i for i, name in enumerate(before.experts)}
-    places = {number: place for place, number in enumerate(known.numbers.tolist())}
+    old_numbers = {name: i for i, name in enumerate(before.experts)}
+    in_old = enumerate(old.factors(adapter_name).numbers.tolist())
+    old_places = {number: place for place, number in in_old}
     old_gate = old.routed_gate.get(adapter_name)
     for number, name in enumerate(now.experts):
-        if name in numbers:
-            value = old.expert_weights(adapter_name)[numbers[name]]
+        if name in old_numbers:
+            value = old.expert_weights(adapter_name)[old_numbers[name]]
             layer.expert_weights(adapter_name)[number] = value
-    for place, number in enumerate(own.numbers.tolist()):
-        was = numbers.get(list(now.experts)[number])
-        if was in places and old_gate is not None:
-            layer.routed_gate[adapter_name][place] = old_gate[places[was]]
-            if was not in old.waiting[adapter_name]:
+    names = list(now.experts)
+    for place, number in enumerate(layer.factors(adapter_name).numbers.tolist()):
+        old_number = old_numbers.get(names[number])
+        if old_number in old_places and old_gate is not None:
+            layer.routed_gate[adapter_name][place] = old_gate[old_places[old_number]]
+            if old_number not in old.waiting[adapter_name]:
                 layer.waiting[adapter_name].discard(number)

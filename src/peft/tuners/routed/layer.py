@@ -123,8 +123,8 @@ class RoutedLayer(RoutingLayer):
         is_blend = kind in ("fixed", "learned")
         self.expert_weights(adapter_name).fill_(1 / experts.number if is_blend else 1.0)
         if kind == "arrow":
-            found = arrow_prototypes(list(experts.deltas.values()), experts.general)
-            self.routed_gate[adapter_name].copy_(found)
+            prototypes = arrow_prototypes(list(experts.deltas.values()), experts.general)
+            self.routed_gate[adapter_name].copy_(prototypes)
         elif kind in BY_INPUT:
             self.routed_gate[adapter_name].zero_()
             if kind == "activation":
@@ -188,13 +188,13 @@ class RoutedLayer(RoutingLayer):
 
     def _choice(self, adapter_name: str, experts: ExpertFactors, x: Tensor) -> Choice:
         """Return the weights of experts, by their place in this layer, for an input."""
-        options, each = self.routed_options[adapter_name], self.expert_weights(adapter_name)
-        kind = options.routing
+        options = self.routed_options[adapter_name]
+        kind, expert_weights = options.routing, self.expert_weights(adapter_name)
         if kind in ("fixed", "learned"):
-            return Choice(each.index_select(0, experts.numbers))
+            return Choice(expert_weights.index_select(0, experts.numbers))
         if kind == "task" or (kind == "phatgoose" and self.training):
             ids, owners = self.routing.tasks(x, self, len(experts.place))
-            chosen, weights = experts.place.index_select(0, ids), experts.is_here * each
+            chosen, weights = experts.place.index_select(0, ids), experts.is_here * expert_weights
             choice = Choice(weights.index_select(0, ids).unsqueeze(1), chosen.unsqueeze(1))
             if owners is not IN_ORDER:
                 assert choice.experts is not None
@@ -207,11 +207,13 @@ class RoutedLayer(RoutingLayer):
             gates = reuse(self, adapter_name, kind, (gates,), lambda: prepared(kind, gates))
 
         def decide(pooled: Tensor) -> tuple[Tensor, ...]:
-            found = choose(kind, scores(kind, pooled, gates), options.top_k, options.temperature)
-            own = each if experts.has_all else each.index_select(0, experts.numbers)
-            own = own if found.experts is None else own[found.experts]
-            weights = found.weights * own
-            return (weights,) if found.experts is None else (weights, found.experts)
+            best = choose(kind, scores(kind, pooled, gates), options.top_k, options.temperature)
+            here = expert_weights
+            if not experts.has_all:
+                here = here.index_select(0, experts.numbers)
+            if best.experts is None:
+                return (best.weights * here,)
+            return best.weights * here[best.experts], best.experts
 
         if options.level == "token":
             return Choice(*decide(x))
@@ -221,18 +223,18 @@ class RoutedLayer(RoutingLayer):
         """Return a choice with each sample's own expert weighted by its gate, in training."""
         chosen = choice.experts
         assert chosen is not None
-        own = self.routed_gate(adapter_name).index_select(0, chosen.flatten())
-        samples = shapes(own)[0][0]
+        gates = self.routed_gate(adapter_name).index_select(0, chosen.flatten())
+        samples = shapes(gates)[0][0]
         if self.routed_options[adapter_name].level == "token":
-            weights = gate_weights(x.reshape(samples, -1, x.shape[-1]), own)
+            weights = gate_weights(x.reshape(samples, -1, x.shape[-1]), gates)
             scaled = choice.weights.reshape(samples, 1, 1) * weights
             return Choice(scaled.view(*x.shape[:-1], 1), choice.experts)
 
         def weigh(pooled: Tensor) -> tuple[Tensor, ...]:
             times = shapes(pooled)[0][0] // samples  # a sample may have several texts
-            every = own, choice.weights, chosen
-            gates, *each = (tensor.repeat_interleave(times, 0) for tensor in every)
-            return gate_weights(pooled.unsqueeze(1), gates).flatten(1), *each
+            of_samples = gates, choice.weights, chosen
+            repeated, *rest = (tensor.repeat_interleave(times, 0) for tensor in of_samples)
+            return gate_weights(pooled.unsqueeze(1), repeated).flatten(1), *rest
 
         weights, shares, experts = self.routing.chosen_by_input(x, self, adapter_name, weigh)
         return Choice(shares * weights, experts)

@@ -82,15 +82,15 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
     def _present(self, config: RoutedConfig) -> Experts | None:
         """Return the experts of an adapter of this model that has the same, if there is one."""
 
-        def keys(own: RoutedConfig) -> list[object]:
-            every = (own.experts, own.general_experts)
-            found = [[(name, key_of(entry)) for name, entry in part.items()] for part in every]
-            return [*found, own.general_subtraction]
+        def keys(config: RoutedConfig) -> list[object]:
+            parts = config.experts, config.general_experts
+            named = [[(name, key_of(entry)) for name, entry in part.items()] for part in parts]
+            return [*named, config.general_subtraction]
 
         if not all(entry.get("digest") for entry in config.experts.values()):
             return None
-        for name, own in self.peft_config.items():
-            if isinstance(own, RoutedConfig) and keys(own) == keys(config):
+        for name, other in self.peft_config.items():
+            if isinstance(other, RoutedConfig) and keys(other) == keys(config):
                 return RoutedAdapter.of(self, name).experts()
         return None
 

@@ -90,8 +90,7 @@ class ExpertReport:
         """Return "weight" or "chosen" of each expert, the mean over layers."""
         if not self.layers:
             return [0.0] * len(self.experts)
-        every = torch.tensor([use[measure] for use in self.layers.values()])
-        return every.mean(0).tolist()
+        return torch.tensor([use[measure] for use in self.layers.values()]).mean(0).tolist()
 
     def token_table(self, texts: Sequence[Sequence[str]] | None = None) -> str:
         """Return a table with the most used expert of each token of the last call.
@@ -171,8 +170,8 @@ class ExpertWatch:
         mask = layer.routing.real_tokens(x, layer)
         real = weights.flatten(0, -2) if mask is None else weights[mask.cpu()]
         weight, chosen, count = real.sum(0), (real != 0).float().sum(0), len(real)
-        if (known := self._sums.get(path)) is not None:
-            weight, chosen, count = known[0] + weight, known[1] + chosen, known[2] + count
+        if (sums := self._sums.get(path)) is not None:
+            weight, chosen, count = sums[0] + weight, sums[1] + chosen, sums[2] + count
         self._sums[path] = weight, chosen, count
         if weights.dim() == 3:
             self._tokens[path] = weights
