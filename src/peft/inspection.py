@@ -16,7 +16,7 @@ from .base.errors import PeftError
 from .base.plain_values import JsonObject
 from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, lookup
 from .base.suggestions import listed
-from .base.tables import alike, in_bytes, table
+from .base.tables import alike, counted, in_bytes, linear_map, sizes, table
 from .checkpoint.files import read_json
 from .checkpoint.format import ModuleShape
 from .checkpoint.headers import FileHeader, TensorInfo, read_header
@@ -146,7 +146,7 @@ class AdapterContents:
     def __repr__(self) -> str:
         return (
             f"<AdapterContents: {', '.join(self.methods) or 'no known method'} on "
-            f"{_count(len(self.modules), 'module')}, {self.parameters:,} parameters, "
+            f"{counted(len(self.modules), 'module')}, {self.parameters:,} parameters, "
             f"{in_bytes(self.file_bytes)}; print it for a table>"
         )
 
@@ -175,7 +175,7 @@ class AdapterContents:
         share = f", of which {self.header_share:.1%} header" if self.header_bytes else ""
         dtypes = ", ".join(self.dtypes) or "no values"
         yield (
-            f"{_count(len(self.modules), 'module')}, {self.parameters:,} parameters ({dtypes}), "
+            f"{counted(len(self.modules), 'module')}, {self.parameters:,} parameters ({dtypes}), "
             f"{self.file_bytes:,} bytes{share}"
         )
         yield from (f"! {problem}" for problem in self.problems)
@@ -326,22 +326,17 @@ def _short(value: object) -> str:
 
 def _with_shapes(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Return tensors as words: "lora_A.weight 2x8"."""
-    return [f"{name} {'x'.join(map(str, info.shape)) or '1'}" for name, info in tensors.items()]
+    return [f"{name} {sizes(info.shape)}" for name, info in tensors.items()]
 
 
 def _size_of(shape: ModuleShape) -> str:
-    kernel = f" {'x'.join(map(str, shape.kernel_size))}" if shape.kernel_size else ""
-    return f"{shape.in_features}->{shape.out_features}{kernel}"
+    return linear_map(shape.in_features, shape.out_features, shape.kernel_size)
 
 
 def _rank_of(shape: ModuleShape | None) -> str:
     if shape is None:
         return "?"
     return "full" if shape.rank is None else str(shape.rank)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _as_json(tensors: Mapping[str, TensorInfo]) -> JsonObject:

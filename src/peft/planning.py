@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
-from .base.tables import alike, table
+from .base.tables import alike, counted, linear_map, sizes, table
 from .config import PeftConfig, check_config
 from .core import plan as _plan
 from .core.base_layer import innermost
@@ -120,9 +120,10 @@ class AdapterPlan:
         lines = [table([heading, *alike(self._cells(), self.module_paths)])]
         lines += [f"{name}: {numbers:,} parameters" for name, numbers in self.shared.items()]
         share = self.parameters / max(self.base_parameters, 1)
+        layers = counted(len(self.layers), "layer")
         work = self.multiplications / max(self.base_multiplications, 1)
         lines.append(
-            f"{self.method} on {self._count()}: {self.parameters:,} parameters ({share:.2%} of the "
+            f"{self.method} on {layers}: {self.parameters:,} parameters ({share:.2%} of the "
             f"model's), {self.bytes:,} bytes; FLOPs a row {2 * self.multiplications:,} "
             f"({work:.1%} of those layers' own)"
         )
@@ -136,9 +137,7 @@ class AdapterPlan:
         return {
             plan.path: (
                 plan.layer,
-                ", ".join(
-                    f"{name} {'x'.join(map(str, shape))}" for name, shape in plan.tensors.items()
-                ),
+                ", ".join(f"{name} {sizes(shape)}" for name, shape in plan.tensors.items()),
                 f"{plan.parameters:,}",
                 f"{2 * plan.multiplications:,}",
                 f"{plan.rank} of {plan.full_rank}",
@@ -146,13 +145,10 @@ class AdapterPlan:
             for plan in self.layers
         }
 
-    def _count(self) -> str:
-        return f"{len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
-
     def __repr__(self) -> str:
         return (
-            f"<AdapterPlan: {self.method} on {self._count()}, {self.parameters:,} parameters, "
-            f"{self.bytes:,} bytes; print it for a table>"
+            f"<AdapterPlan: {self.method} on {counted(len(self.layers), 'layer')}, "
+            f"{self.parameters:,} parameters, {self.bytes:,} bytes; print it for a table>"
         )
 
     def _repr_pretty_(self, printer: _Printer, cycle: bool) -> None:
@@ -257,11 +253,10 @@ def _named_tensors(layer: BaseTunerLayer, adapter_name: str) -> Iterator[tuple[s
 def _kind(layer: BaseTunerLayer) -> str:
     """Return a layer's class and size in words: "Conv2d 4->8 3x3"."""
     size = layer.geometry
-    kernel = f" {'x'.join(map(str, size.kernel_size))}" if size.kernel_size else ""
     is_stack = isinstance(layer, ParameterLayer) and layer.is_stacked
     experts = f"{layer.num_experts}x " if is_stack else ""
     kind = type(innermost(layer)).__name__
-    return f"{kind} {experts}{size.in_features}->{size.out_features}{kernel}"
+    return f"{kind} {experts}{linear_map(size.in_features, size.out_features, size.kernel_size)}"
 
 
 def _shared(build: Build) -> dict[str, int]:

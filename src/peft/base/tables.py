@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
@@ -59,6 +59,21 @@ def in_bytes(number: int) -> str:
         if value < 999.95:
             return f"{value:.1f} {unit}"
     return f"{value / 1000:.1f} TB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 layer", "2,500 layers"."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
+def sizes(shape: Iterable[int]) -> str:
+    """Return a shape in short: "64x8"; "1" for a single number."""
+    return "x".join(map(str, shape)) or "1"
+
+
+def linear_map(in_features: int, out_features: int, kernel_size: Collection[int] = ()) -> str:
+    """Return the size of a layer in short: "8->4", or "8->4 3x3" with a kernel."""
+    return f"{in_features}->{out_features}{f' {sizes(kernel_size)}' if kernel_size else ''}"
 
 
 def starred(path: str) -> str:

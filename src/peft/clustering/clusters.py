@@ -17,7 +17,7 @@ from ..base.errors import PeftValueError
 from ..base.plain_values import plain
 from ..base.progress import track
 from ..base.suggestions import listed
-from ..base.tables import table
+from ..base.tables import counted, table
 from ..base.validation import at_least, choice
 from ..checkpoint.files import write_report
 from ..checkpoint.paths import as_folder
@@ -118,7 +118,7 @@ class AdapterClusters:
         mean silhouette, the most central adapter and the others.
         """
         head = (
-            f"{len(self.labels)} adapters in {self.k} cluster{'s' * (self.k > 1)} "
+            f"{counted(len(self.labels), 'adapter')} in {counted(self.k, 'cluster')} "
             f"({self.method}, {self.metric}): "
             f"silhouette {float(self.silhouettes.mean()):.3f}, inertia {self.inertia:.4g}"
         )

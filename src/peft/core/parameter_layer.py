@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
 from ..base.errors import PeftNotSupportedError, PeftValueError, UnsupportedModuleError
 from ..base.geometry import Geometry
+from ..base.tables import sizes
 from ..ops.dispatch import without_autocast
 from ..ops.grouped import GroupedRows
 from .adapted_parameters import ParameterView, parameter_shape, plain_parameter
@@ -174,7 +175,7 @@ class ParameterLayer(BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """Show the parameter's name and shape."""
-        shape = "x".join(map(str, parameter_shape(innermost(self), self.parameter_name)))
+        shape = sizes(parameter_shape(innermost(self), self.parameter_name))
         return f"parameter_name='{self.parameter_name}' ({shape})"
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....base.tables import sizes
 from ..shapes import Shapes, sides, tucker_kernel
 
 # An alpha of this size or more means "no scale": some writers put it where factors are full.
@@ -110,11 +111,7 @@ class FileModule:
     def describe(self) -> str:
         """Return the shapes of both sides in words: "4x4 (x) 8x2·2x8"."""
         return " (x) ".join(
-            "·".join(
-                "x".join(map(str, self.factors[name].shape))
-                for name in side
-                if name in self.factors
-            )
+            "·".join(sizes(self.factors[name].shape) for name in side if name in self.factors)
             for side in (("w1", "w1_a", "w1_b"), ("w2", "w2_a", "t2", "w2_b"))
         )
 
