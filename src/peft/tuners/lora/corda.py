@@ -19,6 +19,7 @@ from .config import LoraConfig
 from .start_data import as_rows, linear_targets, read_cache, write_cache
 from .starts.configs import CordaConfig
 from .starts.corda import CordaEigens, corda, covariance
+from .starts.first import EIGENS
 
 __all__ = ["CordaEigens", "preprocess_corda"]
 
@@ -87,10 +88,9 @@ def preprocess_corda(
         if options.cache_file is not None:
             write_cache(options.cache_file, _flat(eigens))
     for path, layer in layers.items():
-        layer.eigens = eigens[path]  # type: ignore[assignment]
+        setattr(layer, EIGENS, eigens[path])
         if not options.prune_temporary_fields and path in covariances:
-            layer.covariance_matrix = covariances[path]
-            layer.sample_count = counts[path]  # type: ignore[assignment]
+            vars(layer).update(covariance_matrix=covariances[path], sample_count=counts[path])
 
 
 def _covariances(

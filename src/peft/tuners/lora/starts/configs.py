@@ -15,6 +15,7 @@ from .gradient import DIRECTIONS, SCALES
 S = TypeVar("S", bound="StartConfig")
 
 
+@dataclass
 class StartConfig:
     """Base class: values are checked when an object is made.
 
@@ -38,7 +39,7 @@ class StartConfig:
             raise PeftTypeError(
                 f"`{name}`={value!r} must be a `{cls.__name__}`, a dictionary or None."
             )
-        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+        known = {item.name for item in fields(cls)}
         given: Iterable[tuple[str, object]] = (value or {}).items()
         return cls(**{key: entry for key, entry in given if key in known})
 
