@@ -31,7 +31,6 @@ from ..errors import PeftRuntimeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-A = TypeVar("A", bound="_Found")
 M = TypeVar("M", bound="_Changeable")
 
 
@@ -228,24 +227,6 @@ def changing(
         active = adapters is None or any(name in names for name in adapters)
         with running.change(adapters, active, patience):
             yield
-
-
-class _Found(Protocol):
-    """An adapter of a model."""
-
-    @property
-    def name(self) -> str: ...
-
-
-@contextmanager
-def changing_found(model: object, find: Callable[[], A]) -> Iterator[A]:
-    """Context for a change of the adapter that a function finds, and that no other thread changes
-    from then on.
-    """
-    with changing(model):
-        adapter = find()
-        with changing(model, [adapter.name]):
-            yield adapter
 
 
 class _Changeable(Protocol):

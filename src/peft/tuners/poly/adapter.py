@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-from ...base.calls.running import changing_found
+from ...base.calls.running import changing
 from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
 from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
@@ -58,16 +58,16 @@ class PolyAdapter:
         return adapter
 
     @classmethod
+    @contextmanager
     def to_change(
         cls, tuner: BaseTuner[PolyConfig], adapter_name: str | None, needs_tasks: bool = True
-    ) -> AbstractContextManager[PolyAdapter]:
-        """Return a context for a change of an adapter, by default the active one."""
-
-        def find() -> PolyAdapter:
+    ) -> Iterator[PolyAdapter]:
+        """Context for a change of an adapter, by default the active one."""
+        with changing(tuner):
             take_back(tuner)
-            return (cls.with_tasks if needs_tasks else cls.of)(tuner, adapter_name)
-
-        return changing_found(tuner, find)
+            adapter = (cls.with_tasks if needs_tasks else cls.of)(tuner, adapter_name)
+            with changing(tuner, [adapter.name]):
+                yield adapter
 
     def check_has_tasks(self) -> None:
         """Check that a layer routes by task."""

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...base.calls.running import changing_found
+from ...base.calls.running import changing
 from ...base.errors import PeftRuntimeError, PeftValueError
 from ...core.adapter_choice import named_or_active
 from ...core.tuner import BaseTuner
@@ -39,12 +40,12 @@ class RoutedAdapter:
         return cls(tuner, adapter_name, config, layers)
 
     @classmethod
+    @contextmanager
     def to_change(
         cls, tuner: BaseTuner[RoutedConfig], adapter_name: str | None
-    ) -> AbstractContextManager[RoutedAdapter]:
-        """Return a context for a change of an adapter, by default the active one."""
-
-        def find() -> RoutedAdapter:
+    ) -> Iterator[RoutedAdapter]:
+        """Context for a change of an adapter, by default the active one."""
+        with changing(tuner):
             take_back(tuner)
             adapter = cls.of(tuner, adapter_name)
             for path, layer in adapter.layers.items():
@@ -53,9 +54,8 @@ class RoutedAdapter:
                         f"`{path}`: an engine has sharded adapter {adapter.name}; change it before "
                         "the model is sharded."
                     )
-            return adapter
-
-        return changing_found(tuner, find)
+            with changing(tuner, [adapter.name]):
+                yield adapter
 
     def check_unmerged(self) -> None:
         """Check that the adapter is not merged into the weights, which would stay as they are."""
