@@ -56,15 +56,15 @@ def child_uses(kind: type) -> ChildUses:
     return ChildUses(frozenset(read), frozenset(called))
 
 
-def _attribute_paths(code: CodeType, own: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield `("a", ["b", "c"])` for each `self.a.b.c` in a function and those in it; `own` is its
-    name for `self`.
+def _attribute_paths(code: CodeType, receiver: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield `("a", ["b", "c"])` for each `self.a.b.c` in a function and those in it; `receiver` is
+    its name for `self`.
     """
     path: tuple[str, list[str]] | None = None
     is_self = False
     for step in dis.get_instructions(code):
         if isinstance(step.argval, CodeType):
-            yield from _attribute_paths(step.argval, own)
+            yield from _attribute_paths(step.argval, receiver)
         if step.opname in ("CACHE", "EXTENDED_ARG"):
             continue
         is_attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
@@ -77,4 +77,4 @@ def _attribute_paths(code: CodeType, own: str) -> Iterator[tuple[str, list[str]]
             path = None
         # A pair of loads is one instruction from Python 3.13 on.
         loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-        is_self = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == (own,)
+        is_self = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == (receiver,)

@@ -85,7 +85,7 @@ def from_other_place(name: str, module: str) -> object:
     """
     for home, names in _PLACES.get(module, {}).items():
         for place in names.split():
-            place, _, own = place.partition(":")
+            place, _, name_at_home = place.partition(":")
             if place == name:
-                return getattr(import_module(home), own or name)
+                return getattr(import_module(home), name_at_home or name)
     raise KeyError(name)

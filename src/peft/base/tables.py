@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
@@ -100,9 +101,9 @@ def alike(
     for path, cells in rows.items():
         groups.setdefault((starred(path), *cells), []).append(path)
     counts = Counter(map(starred, paths or rows))
-    for (pattern, *cells), own in groups.items():
-        is_all = len(own) == counts[pattern] and len(own) > 1
-        for name, count in [(pattern, len(own))] if is_all else numbered(own):
+    for (pattern, *cells), group in groups.items():
+        is_all = len(group) == counts[pattern] and len(group) > 1
+        for name, count in [(pattern, len(group))] if is_all else numbered(group):
             yield (f"{name} ({count}x)" if count > 1 else name, *cells)
 
 
@@ -123,9 +124,8 @@ def numbered(paths: list[str]) -> Iterator[tuple[str, int]]:
         return
     position = next(i for i, choice in enumerate(choices) if len(choice) > 1)
     for value in choices[position]:
-        yield from numbered(
-            [path for path, own in zip(paths, numbers, strict=True) if own[position] == value]
-        )
+        has_value = (in_path[position] == value for in_path in numbers)
+        yield from numbered(list(compress(paths, has_value)))
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -170,10 +170,10 @@ def _restored_call(calls: _Calls) -> Any:
     """
     restored = list(itertools.takewhile(lambda entry: type(entry) is _Restored, reversed(calls)))
     node = _C._current_autograd_node() if len(restored) > 1 else None
-    own = (
-        [] if node is None else [entry for entry in restored if node._sequence_nr() in entry.nodes]
-    )
-    return min(own, key=lambda entry: len(entry.nodes), default=restored[0]).call
+    if node is None:
+        return restored[0].call
+    containing = [entry for entry in restored if node._sequence_nr() in entry.nodes]
+    return min(containing, key=lambda entry: len(entry.nodes), default=restored[0]).call
 
 
 def _remove(calls: _Calls, call: object) -> None:

@@ -31,21 +31,30 @@ def values_of_rows(values: Tensor, x: Tensor, layer: LayerWithLayout, rows: Call
     Raises:
         PeftValueError: The input's rows are not the tokens.
     """
-    layout = layer.layout
-    (samples, tokens), sizes = shapes(values, x)
-    leading = tuple(sizes[: len(sizes) - layout.features])
-    found = _of_expert(values, leading, layout)
-    if found is None and len(leading) > 1:
-        found = _in_two_dimensions(values, leading, layout, rows)
-    elif found is None and leading:
-        if leading[0] == samples * tokens:
-            found = values.reshape(-1)
-        elif leading[0] == samples and layout.expert is None:
-            found = values[:, -1]  # pooled: the last token has seen all others
-    if found is None:
+    sizes = shapes(x)[0]
+    leading = tuple(sizes[: len(sizes) - layer.layout.features])
+    by_row = _by_row(values, leading, layer.layout, rows)
+    if by_row is None:
         raise _error(values, x, layer, rows)
-    found = found.to(x.device)
-    return found.reshape(*found.shape, *[1] * (len(leading) - found.dim())).expand(leading)
+    by_row = by_row.to(x.device)
+    return by_row.reshape(*by_row.shape, *[1] * (len(leading) - by_row.dim())).expand(leading)
+
+
+def _by_row(
+    values: Tensor, leading: tuple[int, ...], layout: RowLayout, rows: CallRows
+) -> Tensor | None:
+    """Return the values in the order of an input's rows; None if these are not the tokens."""
+    of_expert = _of_expert(values, leading, layout)
+    if of_expert is not None:
+        return of_expert
+    if len(leading) != 1:
+        return _in_two_dimensions(values, leading, layout, rows) if leading else None
+    samples, tokens = shapes(values)[0]
+    if leading[0] == samples * tokens:
+        return values.reshape(-1)
+    if leading[0] == samples and layout.expert is None:
+        return values[:, -1]  # pooled: the last token has seen all others
+    return None
 
 
 def _in_two_dimensions(
