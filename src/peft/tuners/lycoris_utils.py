@@ -44,7 +44,7 @@ class LycorisLayer(BaseTunerLayer):
     Attributes:
         r, alpha: Rank and alpha by adapter name.
         rank_dropout: Probability that an output row of the delta is dropped in training.
-        rank_dropout_scale: Whether rank dropout divides by the share that is kept.
+        rank_dropout_scale: True if rank dropout divides by the share that is kept.
         module_dropout: Probability that a training forward goes without the adapter.
     """
 
