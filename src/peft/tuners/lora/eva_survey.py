@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +70,19 @@ class Batches:
     config: LoraConfig
     prepare: ModelInputs | None
     shows_progress: bool
+    shown: Iterable[Batch] = ()
 
-    def once(self, passes: int = 1) -> Iterator[tuple[Batch, Prepared, Iterable[Batch]]]:
-        """Yield batch, prepared batch, and the items that a progress bar counts."""
-        data = self.data
-        if self.shows_progress and hasattr(data, "__len__"):
-            data = track(data, f"EVA, pass {passes}", unit="batch")  # type: ignore[arg-type]
+    def once(self, passes: int = 1) -> Iterator[tuple[Batch, Prepared]]:
+        """Yield each batch, and what is prepared of it."""
+        self.shown = self.data
+        if self.shows_progress and hasattr(self.data, "__len__"):
+            sized = cast("Collection[Batch]", self.data)
+            self.shown = track(sized, f"EVA, pass {passes}", unit="batch")
         empty = True
-        for batch in data:
+        for batch in self.shown:
             empty = False
             batch = _moved(batch, self.device)
-            yield batch, batch if self.prepare is None else self.prepare(batch, self.config), data
+            yield batch, batch if self.prepare is None else self.prepare(batch, self.config)
         if empty:
             raise PeftValueError(
                 "The dataloader is empty, or can be looped over only once; EVA runs over it again "
@@ -114,14 +116,14 @@ class Survey:
         rows = self.functions[path](args, self.prepared, path)
         return gathered_rows(rows) if self.gathers else rows
 
-    def find_equal_inputs(self, run: Run, first: tuple[Batch, Prepared, object]) -> None:
+    def find_equal_inputs(self, run: Run, first: tuple[Batch, Prepared]) -> None:
         """Find layers with the same input by a batch, and set the number of directions of each."""
         digests: dict[str, tuple[object, ...]] = {}
 
         def note(path: str, args: tuple[object, ...]) -> None:
             digests.setdefault(path, _digest(self.rows(path, args)))
 
-        batch, self.prepared, _ = first
+        batch, self.prepared = first
         with watched_inputs(self.model, self.layers, note):
             run(self.model, batch)
         if silent := [path for path in self.layers if path not in digests]:
@@ -161,9 +163,9 @@ class Survey:
         watched = {path: self.layers[path] for path in self.estimates}
         with watched_inputs(self.model, watched, note):
             for passes in range(_MOST_PASSES):
-                for batch, self.prepared, shown in batches.once(passes + 1):
+                for batch, self.prepared in batches.once(passes + 1):
                     done = {path for path in self.estimates if self._has_settled(path)}
-                    remark(shown, f"{len(done)} of {len(watched)} inputs have settled")
+                    remark(batches.shown, f"{len(done)} of {len(watched)} inputs have settled")
                     if len(done) == len(watched):
                         return
                     run(self.model, batch)
