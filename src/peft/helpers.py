@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .base.calls.running import changing
-from .base.containers import walk
+from .base.containers import modules_of
 from .base.errors import PeftTypeError, PeftValueError
 from .base.placeholders import placeholders
 from .config import PeftConfig
@@ -147,7 +147,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise PeftTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}.")
-    layers = [module for _, module in walk(model) if isinstance(module, BaseTunerLayer)]
+    layers = [layer for _, layer in modules_of(model, BaseTunerLayer)]
     if not layers:
         raise PeftValueError(
             "The model has no adapters whose scale could be changed: scaling is only supported for "
@@ -182,8 +182,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: A `PeftModel`, or a model that adapters were injected into.
         active: False changes nothing.
     """
-    modules = walk(model) if active else ()
-    layers = [module for _, module in modules if isinstance(module, BaseTunerLayer)]
+    layers = [layer for _, layer in modules_of(model, BaseTunerLayer)] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:

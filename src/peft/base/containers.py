@@ -73,6 +73,11 @@ def walk(
             ]
 
 
+def modules_of(root: nn.Module, kind: type[M]) -> Iterator[tuple[str, M]]:
+    """Yield the paths and the modules of a class, adapters' entries left out."""
+    return ((path, module) for path, module in walk(root) if isinstance(module, kind))
+
+
 def named_tensors(
     modules: Iterable[tuple[str, nn.Module]],
     adapters: Collection[str] | None = (),

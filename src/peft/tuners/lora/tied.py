@@ -7,12 +7,12 @@ transposed in it. So files have them, and they are left out when a file is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from ...base.constants import MODEL_ROOT, ROOT
-from ...base.containers import walk
+from ...base.containers import modules_of
 from ...base.errors import PeftNotSupportedError
 from ...base.modules import get_submodules
 from ...core.base_layer import layer_of
@@ -58,7 +58,9 @@ def with_followers(
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors for a file, with those that others have for the followers."""
     result = dict(state)
-    for path, module in _followers(model, adapter_name):
+    for path, module in modules_of(model, Follower):
+        if not module.has(adapter_name):
+            continue
         owner = module.owner
         assert isinstance(owner, Embedding)
         A, B = (factor.detach() for factor in owner.factors(adapter_name))
@@ -86,12 +88,6 @@ def without_followers(state: Mapping[str, Tensor], names: Collection[str]) -> di
         return _plain(key) not in present and is_factor and tuple(tensor.shape) in shapes
 
     return {key: tensor for key, tensor in state.items() if not is_of_follower(key, tensor)}
-
-
-def _followers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Follower]]:
-    for path, module in walk(model):
-        if isinstance(module, Follower) and module.has(adapter_name):
-            yield path, module
 
 
 def _plain(key: str) -> str:

@@ -10,7 +10,7 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from ...base.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ...base.containers import walk
+from ...base.containers import modules_of
 from ...base.errors import PeftTypeError, PeftValueError
 from ...core import targets as _targets
 from ...core.base_layer import geometry
@@ -105,9 +105,9 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
     @classmethod
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Note which experts have no prototype yet."""
-        for _, module in walk(model):
-            if isinstance(module, RoutedLayer) and adapter_name in module.scaling:
-                module.note_loaded(adapter_name)
+        for _, layer in modules_of(model, RoutedLayer):
+            if adapter_name in layer.scaling:
+                layer.note_loaded(adapter_name)
 
     def tuner_layer_options(
         self, config: RoutedConfig, path: str, build: Build[RoutedConfig]

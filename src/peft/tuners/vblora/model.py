@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.constants import DEFAULT_TARGET_MODULES
-from ...base.containers import named_tensors, walk
+from ...base.containers import modules_of, named_tensors, walk
 from ...base.errors import CheckpointError, warn
 from ...base.geometry import Placement
 from ...checkpoint.checks import warn_of_values
@@ -249,13 +249,11 @@ class VBLoRAModel(BaseTuner[VBLoRAConfig]):
     def note_loaded(cls, model: nn.Module, adapter_name: str) -> None:
         """Note which layers lack logits and can't be trained, and warn if they are trainable."""
         waiting = False
-        for _, module in walk(model):
-            if isinstance(module, VBLoRALayer) and adapter_name in module.scaling:
-                module.note_loaded(adapter_name)
-                trainable = any(
-                    parameter.requires_grad for parameter in module.adapter_parameters(adapter_name)
-                )
-                waiting |= trainable and module.topk_only[adapter_name]
+        for _, layer in modules_of(model, VBLoRALayer):
+            if adapter_name in layer.scaling:
+                layer.note_loaded(adapter_name)
+                trainable = any(p.requires_grad for p in layer.adapter_parameters(adapter_name))
+                waiting |= trainable and layer.topk_only[adapter_name]
         if waiting:
             warn(
                 f"Adapter {adapter_name} is trainable but was loaded from a compact file "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.calls.running import changing
-from ...base.containers import walk
+from ...base.containers import modules_of
 from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftTypeError, PeftValueError
 from ...base.suggestions import listed
 from ...base.tensors import ordinary_tensors
@@ -224,8 +224,8 @@ def _layer_with_bank(model: nn.Module, adapter_name: str | None) -> tuple[str, V
     """Return the name of the adapter that is meant, and a layer that has it."""
     take_back(model)
     name = adapter_of(model, adapter_name, VBLoRALayer, " with a vector bank")
-    layers = (module for _, module in walk(model) if isinstance(module, VBLoRALayer))
-    return name, next(layer for layer in layers if name in layer.scaling)
+    layers = modules_of(model, VBLoRALayer)
+    return name, next(layer for _, layer in layers if name in layer.scaling)
 
 
 def _check_values(vectors: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....base.constants import MODEL_ROOT
-from ....base.containers import walk
+from ....base.containers import modules_of
 from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.plain_values import json_object
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
@@ -296,7 +296,7 @@ def read_lokr_adapter(
     config = config_of(host, "default")
     state = get_peft_model_state_dict(host)
     if model is None:
-        paths = {path for path, module in walk(host) if isinstance(module, LoKrLayer)}
+        paths = [path for path, _ in modules_of(host, LoKrLayer)]
         config = replace(config, target_modules=sorted(paths), exclude_modules=None)
     return config, {MODEL_ROOT + key.removeprefix(MODEL_ROOT): t for key, t in state.items()}
 
