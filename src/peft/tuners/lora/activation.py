@@ -16,24 +16,32 @@ layer asks it for the scale of each of its rows, which is zero for inactive ones
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...base.calls.adapter_batch import ADAPTER_BATCHES, AdapterBatch
-from ...base.calls.arguments import NO_TOKENS, argument_shapes, entry_modules
+from ...base.calls.arguments import argument_shapes, entry_modules
 from ...base.calls.rows import CallRows, call_rows, generation_rows
 from ...base.calls.stack import CallStack
 from ...base.calls.token_values import values_of_rows
 from ...base.calls.wrapped_methods import MethodCall, unwrap_methods, wrap_method
 from ...base.containers import walk
-from ...base.errors import PeftNotSupportedError, PeftValueError, warn
+from ...base.errors import PeftNotSupportedError, warn
 from ...core.layer import BaseTunerLayer
+from .cached_starts import (
+    are_places,
+    cache_of,
+    carried_starts,
+    for_rows,
+    leave_starts,
+    rows_and_tokens,
+    token_ids,
+    tokens_seen,
+)
 from .invocation import (
     NEVER,
     active_tokens,
@@ -45,11 +53,6 @@ from .invocation import (
 CALL_ARGUMENTS = ("alora_offsets",)
 # The attribute of a module with wrapped methods that holds its `Activation`.
 _ACTIVATION = "_peft_activation"
-# Attributes of a cache: the starts of its rows, by adapter, and the number of tokens seen.
-_STARTS, _SEEN = "_peft_starts", "_peft_seen"
-# Arguments with the cache that a forward continues, and arguments that are no token ids.
-_CACHES = ("past_key_values", "cache_params")
-_NO_IDS = re.compile(f"{NO_TOKENS.pattern}|label|type|offsets")
 
 
 @dataclass(eq=False)
@@ -124,13 +127,6 @@ class ActiveCall:
 ACTIVE_CALLS: CallStack[ActiveCall] = CallStack()
 
 
-class _Cache(Protocol):
-    """The cache of a model of transformers."""
-
-    def get_seq_length(self) -> int | Tensor:
-        """Return the number of tokens in it."""
-
-
 class Activation:
     """The activated adapters of a model.
 
@@ -196,7 +192,7 @@ class Activation:
                 return method.run(CALL_ARGUMENTS)
         call = self._new_call(method.module, arguments, names)
         output = ACTIVE_CALLS.run(call, lambda: method.run(CALL_ARGUMENTS))
-        _note(arguments, output, call.starts)
+        leave_starts(arguments, output, call.starts)
         return output
 
     def generate(self, method: MethodCall) -> object:
@@ -210,7 +206,7 @@ class Activation:
                 "`guidance_scale` runs the model on a second prompt, in which an activated LoRA "
                 "has no invocation; leave it out."
             )
-        ids, sizes = _token_ids(arguments), _sizes(arguments)
+        ids, sizes = token_ids(arguments), rows_and_tokens(arguments)
         call = ActiveCall(self, rows, length=0 if sizes is None else sizes[1])
         if ids is None and arguments.get("alora_offsets") is None:
             warn(
@@ -243,9 +239,8 @@ class Activation:
     ) -> ActiveCall:
         """Return the call of a forward by itself."""
         call = ActiveCall(self, call_rows(model, arguments, CALL_ARGUMENTS))
-        ids, cache, sizes = _token_ids(arguments), _cache(arguments), _sizes(arguments)
-        given = arguments.get("alora_offsets")
-        carried = getattr(cache, _STARTS, {})
+        ids, sizes = token_ids(arguments), rows_and_tokens(arguments)
+        given, carried = arguments.get("alora_offsets"), carried_starts(arguments)
         if sizes is None or (ids is None and given is None and not carried):
             warn(
                 "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling "
@@ -254,18 +249,19 @@ class Activation:
             return call
         rows, tokens = sizes
         positions = arguments.get("position_ids")
-        if ids is not None and given is None and cache is None and _are_places(positions, tokens):
+        is_first = cache_of(arguments) is None
+        if ids is not None and given is None and is_first and are_places(positions, tokens):
             for name in names:
                 invocation = self._invocation(name, ids.device)
                 call.masks[name] = active_tokens_of_texts(ids, invocation, positions)
                 call.starts[name] = torch.where(call.masks[name][:, -1], 0, NEVER)
         else:
-            seen = _seen(arguments, tokens)
+            seen = tokens_seen(arguments, tokens)
             starts = self._starts(arguments, names, ids, seen)
             for name in names:
                 start = starts.get(name)
                 if name in carried:
-                    in_cache = _for_rows(carried[name], rows)
+                    in_cache = for_rows(carried[name], rows)
                     # A cache that was cropped or reset no longer has the invocation.
                     in_cache = torch.where(in_cache < seen, in_cache, NEVER)
                     start = (
@@ -281,18 +277,18 @@ class Activation:
         self, outer: ActiveCall, arguments: Mapping[str, object], names: list[str]
     ) -> ActiveCall:
         """Return the call of a forward inside `generate`."""
-        sizes, shapes = _sizes(arguments), argument_shapes(arguments)
+        sizes, shapes = rows_and_tokens(arguments), argument_shapes(arguments)
         if sizes is None:
             return ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
         rows, tokens = sizes
-        seen = _seen(arguments, tokens)
+        seen = tokens_seen(arguments, tokens)
         is_late = tokens == 1 and isinstance(seen, int) and seen >= (outer.length or 0)
         if is_late and outer.later is not None and outer.later.rows.rows == rows:
             return outer.later
         call = ActiveCall(self, outer.rows.nested(shapes, is_generating=True))
         for name in names:
             if name in outer.starts:
-                call.starts[name] = _for_rows(outer.starts[name], rows)
+                call.starts[name] = for_rows(outer.starts[name], rows)
                 call.masks[name] = active_tokens(call.starts[name], tokens, seen)
         self._choose(call)
         if is_late:
@@ -307,7 +303,7 @@ class Activation:
         seen: int | Tensor,
     ) -> dict[str, Tensor]:
         """Return the starts of adapters, counted from the beginning of the text."""
-        given, sizes = arguments.get("alora_offsets"), _sizes(arguments)
+        given, sizes = arguments.get("alora_offsets"), rows_and_tokens(arguments)
         if given is not None and sizes is not None:
             device = next(v.device for v in arguments.values() if isinstance(v, Tensor))
             starts = dict.fromkeys(names, starts_of_offsets(given, *sizes, device))
@@ -333,7 +329,7 @@ class Activation:
         if batch is None or batch.only is not None or not call.masks:
             return
         for name, mask in call.masks.items():
-            runs_it = _for_rows(_has_adapter(batch, name, mask.device), mask.shape[0])
+            runs_it = for_rows(_has_adapter(batch, name, mask.device), mask.shape[0])
             mask = mask | ~runs_it[:, None]
             call.chosen = mask if call.chosen is None else call.chosen & mask
 
@@ -364,83 +360,6 @@ def _forward(method: MethodCall) -> object:
 def _generate(method: MethodCall) -> object:
     activation = vars(method.module).get(_ACTIVATION)
     return method.run(CALL_ARGUMENTS) if activation is None else activation.generate(method)
-
-
-def _token_ids(arguments: Mapping[str, object]) -> Tensor | None:
-    """Return the token ids `[rows, tokens]` of a call: `input_ids`, or the first likely tensor."""
-    if arguments.get("inputs_embeds") is not None:
-        return None
-    likely = [name for name in arguments if not _NO_IDS.search(name)]
-    for name in ("input_ids", "inputs", *likely):
-        ids = arguments.get(name)
-        if not isinstance(ids, Tensor) or ids.is_nested:
-            continue
-        if ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32):
-            return ids
-    return None
-
-
-def _sizes(arguments: Mapping[str, object]) -> tuple[int, int] | None:
-    """Return the numbers of rows and tokens of a forward; None without tokens."""
-    tokens = arguments.get("inputs_embeds")
-    tokens = _token_ids(arguments) if tokens is None else tokens
-    return (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
-
-
-def _are_places(positions: object, tokens: int) -> TypeGuard[Tensor]:
-    """Return whether `position_ids` give the place of each token in its text."""
-    return isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == tokens
-
-
-def _cache(arguments: Mapping[str, object]) -> _Cache | None:
-    """Return the cache that a forward continues, or None."""
-    caches = (arguments.get(name) for name in _CACHES)
-    cache = next((cache for cache in caches if hasattr(cache, "__dict__")), None)
-    return cast("_Cache | None", cache)
-
-
-def _cache_of(output: object) -> _Cache | None:
-    """Return the cache in a forward's output, or None."""
-    if isinstance(output, (tuple, list)):
-        return next((item for item in output if hasattr(item, "get_seq_length")), None)
-    return _cache(vars(output)) if hasattr(output, "__dict__") else None
-
-
-def _note(arguments: Mapping[str, object], output: object, starts: dict[str, Tensor]) -> None:
-    """Leave the starts of the rows with the cache that a forward has continued or made."""
-    cache = _cache(arguments)
-    if cache is None:
-        cache, sizes = _cache_of(output), _sizes(arguments)
-        if cache is not None and sizes is not None:
-            setattr(cache, _SEEN, sizes[1])
-    if cache is not None and starts:
-        setattr(cache, _STARTS, {**getattr(cache, _STARTS, {}), **starts})
-
-
-def _seen(arguments: Mapping[str, object], tokens: int) -> int | Tensor:
-    """Return the number of tokens that lie in the cache before those of a forward."""
-    cache = _cache(arguments)
-    if cache is None:
-        return 0
-    try:
-        return cache.get_seq_length()
-    except (AttributeError, ValueError):  # a state of a fixed size, which has no length
-        seen = getattr(cache, _SEEN, 0)
-        setattr(cache, _SEEN, seen + tokens)
-        return seen
-
-
-def _for_rows(values: Tensor, rows: int) -> Tensor:
-    """Return values of samples for the rows of a forward, in which each may have several."""
-    samples = values.shape[0]
-    if samples == rows:
-        return values
-    if rows % samples:
-        raise PeftValueError(
-            f"The cache has {samples} rows and the call {rows}; pass `alora_offsets`, the number "
-            "of active tokens at the end of each."
-        )
-    return values.repeat_interleave(rows // samples)
 
 
 def _has_adapter(batch: AdapterBatch, name: str, device: torch.device) -> Tensor:
