@@ -7,6 +7,9 @@ import inspect
 import re
 from dataclasses import Field
 from types import MappingProxyType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _ENTRY = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(.*?\))?: (.+(?:\n {5,}.+)*)", re.MULTILINE)
 
@@ -26,11 +29,14 @@ def argument_texts(docstring: str | None) -> dict[str, str]:
     }
 
 
-def add_field_help(cls: type) -> None:
-    """Copy `Args` entries of a dataclass into its fields' `metadata["help"]`, for command lines."""
+def add_field_help(cls: type[T]) -> type[T]:
+    """Copy `Args` entries of a dataclass into its fields' `metadata["help"]`, for command lines;
+    return the class.
+    """
     # Base classes first: a subclass shares the fields that it inherits.
     for owner in reversed(cls.__mro__):
         fields: dict[str, Field[object]] = getattr(owner, "__dataclass_fields__", {})
         for name, text in argument_texts(owner.__doc__).items() if fields else ():
             if name in fields and "help" not in fields[name].metadata:
                 fields[name].metadata = MappingProxyType({"help": text, **fields[name].metadata})
+    return cls

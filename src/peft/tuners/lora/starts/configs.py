@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from ....base.errors import PeftTypeError, PeftValueError
+from ....base.field_help import add_field_help
 from ....base.validation import at_least, boolean, choice, number
 from .gradient import DIRECTIONS, SCALES
 
@@ -44,6 +45,7 @@ class StartConfig:
         return cls(**{key: entry for key, entry in given if key in known})
 
 
+@add_field_help
 @dataclass
 class LoftQConfig(StartConfig):
     """Settings of LoftQ.
@@ -55,14 +57,15 @@ class LoftQConfig(StartConfig):
 
     __module__ = "peft.tuners.lora.config"  # where pickles look for it
 
-    loftq_bits: int = field(default=4, metadata={"help": "Bits of the quantized weight: 4 or 8."})
-    loftq_iter: int = field(default=1, metadata={"help": "Turns of quantizing and factorizing."})
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
     def _problems(self) -> Iterator[str]:
         yield from choice("loftq_bits", self.loftq_bits, (4, 8))
         yield from at_least("loftq_iter", self.loftq_iter)
 
 
+@add_field_help
 @dataclass
 class EvaConfig(StartConfig):
     """Settings of EVA.
@@ -79,14 +82,12 @@ class EvaConfig(StartConfig):
 
     __module__ = "peft.tuners.lora.config"  # where pickles look for it
 
-    rho: float = field(default=2.0, metadata={"help": "Largest growth of a layer's rank."})
-    tau: float = field(default=0.99, metadata={"help": "Similarity of directions that are found."})
-    use_label_mask: bool = field(default=True, metadata={"help": "Leave out unlabeled tokens."})
-    label_mask_value: int = field(default=-100, metadata={"help": "Label of unlabeled tokens."})
-    whiten: bool = field(default=False, metadata={"help": "Whiten the directions."})
-    adjust_scaling_factors: bool = field(
-        default=True, metadata={"help": "Change alpha with the rank."}
-    )
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
 
     def _problems(self) -> Iterator[str]:
         yield from number("rho", self.rho)
@@ -99,6 +100,7 @@ class EvaConfig(StartConfig):
             yield from boolean(name, getattr(self, name))
 
 
+@add_field_help
 @dataclass
 class CordaConfig(StartConfig):
     """Settings of CorDA.
@@ -117,22 +119,12 @@ class CordaConfig(StartConfig):
 
     __module__ = "peft.tuners.lora.config"  # where pickles look for it
 
-    cache_file: str | os.PathLike[str] | None = field(
-        default=None, metadata={"help": "File of the components."}
-    )
-    covariance_file: str | os.PathLike[str] | None = field(
-        default=None, metadata={"help": "File of the covariances."}
-    )
-    corda_method: Literal["ipm", "kpm"] = field(
-        default="ipm", metadata={"help": "'ipm' to learn faster, 'kpm' to forget less."}
-    )
-    verbose: bool = field(default=False, metadata={"help": "Show a progress bar."})
-    use_float16_for_covariance: bool = field(
-        default=False, metadata={"help": "Compute covariances in the dtype of the inputs."}
-    )
-    prune_temporary_fields: bool = field(
-        default=True, metadata={"help": "Remove covariances and counts from the layers."}
-    )
+    cache_file: str | os.PathLike[str] | None = None
+    covariance_file: str | os.PathLike[str] | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
 
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
@@ -146,6 +138,7 @@ class CordaConfig(StartConfig):
             yield from boolean(name, getattr(self, name))
 
 
+@add_field_help
 @dataclass
 class LoraGAConfig(StartConfig):
     """Settings of LoRA-GA.
@@ -159,13 +152,9 @@ class LoraGAConfig(StartConfig):
 
     __module__ = "peft.tuners.lora.config"  # where pickles look for it
 
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = field(
-        default="ArB2r", metadata={"help": "Singular values that `A` and `B` start from."}
-    )
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = field(
-        default="stable", metadata={"help": "Scale of the factors."}
-    )
-    stable_gamma: int = field(default=16, metadata={"help": "Gamma of the scale 'stable'."})
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
 
     def _problems(self) -> Iterator[str]:
         yield from choice("direction", self.direction, DIRECTIONS)
