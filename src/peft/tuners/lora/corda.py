@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ...base.errors import CheckpointError, PeftError, PeftValueError
 from ...base.progress import track
 from ...base.suggestions import listed
+from ...core.base_layer import geometry
 from ...core.measuring import watched_inputs
 from ...core.weights import dense_weight
 from .config import LoraConfig
-from .start_data import as_rows, linear_targets, read_cache, write_cache
+from .start_data import linear_targets, read_cache, write_cache
 from .starts.configs import CordaConfig
 from .starts.corda import CordaEigens, corda, covariance
 from .starts.first import EIGENS
@@ -153,7 +154,9 @@ def _decomposed(
     """Return the components of each layer's weight."""
     eigens = {}
     for path in track(list(layers), "CorDA", wanted=options.verbose):
-        W = as_rows(layers[path], dense_weight(layers[path]))
+        size = geometry(layers[path])
+        assert size is not None
+        W = size.as_stored(dense_weight(layers[path]))  # `[out, in]` of either layout
         try:
             eigens[path] = corda(
                 W, covariances[path].to(W.device), ranks[path], options.corda_method

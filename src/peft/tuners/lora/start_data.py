@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...base.errors import PeftValueError
 from ...checkpoint.files import read_weights, write_file
 from ...core import plan as _plan
-from ...core.base_layer import geometry, innermost, is_linear
+from ...core.base_layer import innermost, is_linear
 from ...core.tuner import BaseTuner
 from .config import LoraConfig
 from .model import LoraModel
@@ -46,10 +46,3 @@ def read_cache(file: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:
 def write_cache(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
     """Write tensors to a file as `torch.save` does, in one step; its folder is made if missing."""
     write_file(Path(file), lambda temporary: torch.save(dict(state), temporary))
-
-
-def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return a linear layer's weight, or a tensor like it, as `[out, in]`."""
-    size = geometry(layer)
-    assert size is not None
-    return weight.mT if size.transposed else weight
