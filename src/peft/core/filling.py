@@ -176,10 +176,11 @@ class CheckpointFill:
                 )
             check_complete(LoadResult(missing, result.unexpected_keys), self.source, remedy)
         elif missing or result.unexpected_keys:
-            left = [f"Missing, and left as they were: {listed(missing)}."] * bool(missing)
-            left += [
-                f"In the file, and without a place in the adapter: {listed(result.unexpected_keys)}."
-            ] * bool(result.unexpected_keys)
+            left = []
+            if missing:
+                left.append(f"Missing, and left as they were: {listed(missing)}.")
+            if unexpected := listed(result.unexpected_keys):
+                left.append(f"In the file, and without a place in the adapter: {unexpected}.")
             warn(f"'{self.source}' was loaded with `strict=False`. {' '.join(left)}")
         return result
 
