@@ -22,6 +22,8 @@ from .base.registry import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, look
 from .base.suggestions import did_you_mean
 from .base.validation import (
     LARGEST_SIZE,
+    LayerIndices,
+    TokenIndices,
     at_least,
     boolean,
     choice,
@@ -402,9 +404,9 @@ class TargetedConfig(PeftConfig):
     target_modules: list[str] | str | set[str] | None
     exclude_modules: list[str] | str | set[str] | None
     modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     target_parameters: list[str] | None = None
-    layers_to_transform: list[int] | int | None
+    layers_to_transform: LayerIndices | None
     layers_pattern: list[str] | str | None
 
     no_effect: ClassVar[frozenset[str]] = PeftConfig.no_effect | {

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import peft
-from peft import PeftModel, PolyConfig, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from peft.tuners.poly import TaskCollator
 
 transformers = pytest.importorskip("transformers")
@@ -694,7 +702,7 @@ def test_signatures_come_and_go_with_the_adapter():
 
 
 def test_a_config_is_made_of_a_command_line():
-    """Of Hugging Face PEFT's configs it is this one that makes options too."""
+    """Of Hugging Face PEFT's configs only Poly's makes options too."""
     parser = HfArgumentParser(PolyConfig)
     assert parser.parse_args_into_dataclasses([])[0] == PolyConfig()
     line = (
@@ -715,3 +723,15 @@ def test_a_config_is_made_of_a_command_line():
     fields = {"n_tasks": 2, "trainable_token_indices": {"embed": [3]}, "rank_pattern": {"v": 4}}
     assert parser.parse_dict(fields)[0] == PolyConfig(**fields)
     assert "--routing {learned,fixed}" in parser.format_help()
+    chosen = {"r": 2, "layers_to_transform": [0, 1], "trainable_token_indices": [5]}
+    line = "--r 2 --layers_to_transform 0 1 --trainable_token_indices 5 --target_modules .*proj"
+    for kind in (LoHaConfig, LoKrConfig, LoraConfig, VBLoRAConfig):
+        parser = HfArgumentParser(kind)
+        assert parser.parse_args_into_dataclasses([])[0] == kind()
+        found = parser.parse_args_into_dataclasses(line.split())[0]
+        assert found == kind(target_modules=".*proj", **chosen)
+        assert "--layers_to_transform" in parser.format_help()
+    found = HfArgumentParser(LoKrConfig).parse_args_into_dataclasses(["--init_weights", "lycoris"])
+    assert found[0] == LoKrConfig(init_weights="lycoris")
+    off = HfArgumentParser(LoKrConfig).parse_args_into_dataclasses(["--init_weights", "False"])
+    assert off[0] == LoKrConfig(init_weights=False)

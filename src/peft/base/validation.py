@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from torch import Tensor
 
@@ -14,6 +14,12 @@ from .errors import PeftTypeError, PeftValueError
 from .expressions import check_expression
 from .plain_values import is_empty, plain
 from .suggestions import did_you_mean, no_adapter
+
+if TYPE_CHECKING:
+    LayerIndices: TypeAlias = list[int] | int
+    TokenIndices: TypeAlias = list[int] | dict[str, list[int]]
+else:  # transformers' HfArgumentParser makes options of fields that have one type
+    LayerIndices = TokenIndices = list[int]
 
 
 def is_int(value: object) -> TypeGuard[int]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
+from ...base.validation import LayerIndices, TokenIndices
 from ...config import LycorisConfig, at_least, boolean, number, probability
 
 
@@ -58,10 +59,10 @@ class LoHaConfig(LycorisConfig):
     target_modules: list[str] | str | set[str] | None = None
     exclude_modules: list[str] | str | set[str] | None = None
     init_weights: bool = True
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: LayerIndices | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     target_parameters: list[str] | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")

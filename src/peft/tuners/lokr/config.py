@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 from ...base.geometry import Geometry
 from ...base.plain_values import JsonObject, is_empty
 from ...base.registry import PeftType
+from ...base.validation import LayerIndices, TokenIndices
 from ...config import (
     LycorisConfig,
     at_least,
@@ -102,12 +103,12 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = False
     target_modules: list[str] | str | set[str] | None = None
     exclude_modules: list[str] | str | set[str] | None = None
-    init_weights: bool | Literal["lycoris"] = True
-    layers_to_transform: list[int] | int | None = None
+    init_weights: Literal[True, False, "lycoris"] = True
+    layers_to_transform: LayerIndices | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     kronecker_layout: Literal["channels", "flat"] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     target_parameters: list[str] | None = None
     full_matrix: bool = False
     unbalanced_factorization: bool = False

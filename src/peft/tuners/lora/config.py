@@ -13,6 +13,7 @@ from ...base.errors import PeftNotSupportedError, warn
 from ...base.placeholders import placeholders
 from ...base.plain_values import JsonObject, is_empty
 from ...base.registry import WAY_BACK, PeftType
+from ...base.validation import LayerIndices, TokenIndices
 from ...config import (
     TargetedConfig,
     at_least,
@@ -183,13 +184,13 @@ class LoraConfig(TargetedConfig):
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: LayerIndices | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     loftq_config: dict = field(default_factory=dict)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
@@ -209,7 +210,7 @@ class LoraConfig(TargetedConfig):
     kasa_config: dict | None = None
     ensure_weight_tying: bool = False
 
-    start: str | dict[str, object] | None = None
+    start: dict[str, object] | str | None = None
 
     no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {
         "lora_dropout", "fan_in_fan_out", "bias", "start", "eva_config", "corda_config",

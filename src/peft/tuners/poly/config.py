@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
+from ...base.validation import TokenIndices
 from ...config import (
     TargetedConfig,
     at_least,
@@ -23,11 +24,6 @@ from ...config import (
 )
 from ...core import targets as _targets
 from ...core.routing.task_ids import name_offences
-
-if TYPE_CHECKING:
-    TokenIndices: TypeAlias = list[int] | dict[str, list[int]]
-else:  # transformers' HfArgumentParser makes options of fields that have one type
-    TokenIndices = list[int]
 
 GRANULARITIES = ("linear", "layer", "block", "coder", "model")
 # Fields with a value for each layer, by the field that holds their patterns.

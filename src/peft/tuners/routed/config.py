@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from ...base.plain_values import JsonObject
 from ...base.registry import PeftType
+from ...base.validation import LayerIndices, TokenIndices
 from ...config import TargetedConfig, at_least, boolean, choice, number
 from ...core.routing.task_ids import name_offences
 
@@ -88,8 +89,8 @@ class RoutedConfig(TargetedConfig):
     target_modules: list[str] | str | set[str] | None = None
     exclude_modules: list[str] | str | set[str] | None = None
     modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    layers_to_transform: list[int] | int | None = None
+    trainable_token_indices: TokenIndices | None = None
+    layers_to_transform: LayerIndices | None = None
     layers_pattern: list[str] | str | None = None
 
     no_effect: ClassVar[frozenset[str]] = TargetedConfig.no_effect | {"save_experts"}

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from ...base.registry import PeftType
+from ...base.validation import LayerIndices, TokenIndices
 from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
 
 _SWITCHES = (
@@ -91,9 +92,9 @@ class VBLoRAConfig(TargetedConfig):
     modules_to_save: list[str] | None = None
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: LayerIndices | None = None
     layers_pattern: list[str] | str | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: TokenIndices | None = None
     target_parameters: list[str] | None = None
     bank: str | None = None
     bank_sha256: str | None = None
