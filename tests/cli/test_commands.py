@@ -148,6 +148,29 @@ def test_convert_to_poly_and_extract(run):
     assert deltas[0].shape == deltas[1].shape
 
 
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [
+        ("--task a", "a"),
+        ("--task a=0.5", "a=0.5"),
+        ("--task 2", 2),
+        ("--task 0", "0"),
+        ("--task a=0.5=0.25", {"a=0.5": 0.25}),
+        ("--task a=0.25 --task a=0.5=0.75 --task 1=2", {"a": 0.25, "a=0.5": 2.75}),
+        ("--task a=0.5 --task 0", {"a=0.5": 0.5, "0": 0.5}),
+    ],
+)
+def test_a_task_of_exactly_that_name_comes_before_a_share_and_a_number(options, task, run):
+    """Its id is not what its name looks like."""
+    fields = {"n_tasks": 3, "task_names": ["a", "a=0.5", "0"], "target_modules": TARGETS}
+    model = peft.get_peft_model(base_model(), METHODS["POLY"].config(**fields))
+    model.save_pretrained("named")
+    run(f"extract named one {options}")
+    found = peft.load_peft_weights("one")
+    for key, tensor in peft.convert_to_lora(model, task_id=task).state_dict.items():
+        torch.testing.assert_close(found[key], tensor)
+
+
 @pytest.mark.parametrize("layout", ["kohya", "lycoris", "diffusers", "ai-toolkit"])
 def test_convert_between_layouts(layout, run):
     run(f"convert LOKR style.safetensors --to {layout}")
@@ -196,6 +219,18 @@ def test_compare(run):
         )
     cosine = torch.nn.functional.cosine_similarity(deltas["LOHA"], deltas["LOKR"], dim=0)
     assert data["cosines"][0][1] == pytest.approx(float(cosine), abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "field"), [("LORA", "use_dora"), ("LOKR", "weight_decompose")])
+def test_compare_says_what_it_does_not_compare(name, field, run):
+    config = METHODS[name].config(target_modules=TARGETS, **{field: True})
+    peft.get_peft_model(base_model(), config).save_pretrained("decomposed")
+    for line in (
+        "compare decomposed LOHA",
+        "compare LOHA decomposed",
+        f"compare {name} decomposed",
+    ):
+        assert "Adapter 'decomposed': It has weight decomposition (DoRA)" in run(line, 1).stderr
 
 
 def test_bench(run):

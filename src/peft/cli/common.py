@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
@@ -196,17 +196,24 @@ def check_task(config: PeftConfig, tasks: Sequence[str]) -> None:
         raise click.UsageError(f"`--task` is for adapters with tasks; this one is {method}.")
 
 
-def task_of(tasks: Iterable[str]) -> int | str | dict[int | str, float] | None:
-    """Return `task_id` from arguments: a name or number, or several with their shares."""
-    given = [task.rpartition("=") for task in tasks]
+def task_of(
+    tasks: Iterable[str], configs: Iterable[PeftConfig]
+) -> int | str | dict[int | str, float] | None:
+    """Return `task_id` from arguments: a name or number, or several with their shares.
+
+    An argument that is the name of a task in one of the `configs` is that task, whatever it looks
+    like: a number, or a name with a share.
+    """
+    names = {name for own in configs for name in getattr(own, "task_names", None) or ()}
+    given = [(task, "", "") if task in names else _with_share(task) for task in tasks]
     if not given:
         return None
     if len(given) == 1 and not given[0][1]:
-        return _task(given[0][2])
+        return _task(given[0][0], names)
     shares: dict[int | str, float] = {}
     for name, sign, share in given:
         try:
-            shares[_task(name if sign else share)] = float(share) if sign else 1 / len(given)
+            shares[_task(name, names)] = float(share) if sign else 1 / len(given)
         except ValueError:
             raise click.UsageError(
                 f"`--task {name}={share}`: write the share of a task as a number."
@@ -214,8 +221,14 @@ def task_of(tasks: Iterable[str]) -> int | str | dict[int | str, float] | None:
     return shares
 
 
-def _task(name: str) -> int | str:
-    return int(name) if name.isdigit() else name
+def _with_share(text: str) -> tuple[str, str, str]:
+    """Return the name, the sign and the share in TASK=SHARE; the last two are empty without one."""
+    name, sign, share = text.rpartition("=")
+    return (name, sign, share) if sign else (text, "", "")
+
+
+def _task(name: str, names: Collection[str]) -> int | str:
+    return int(name) if name.isdigit() and name not in names else name
 
 
 def check_output(

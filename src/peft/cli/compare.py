@@ -12,6 +12,7 @@ import click
 from ..base.plain_values import JsonObject, plain
 from ..base.tables import table
 from ..clustering import AdapterSimilarity, adapter_similarity
+from ..core.low_rank_deltas import check_has_deltas
 from ..standalone import load_standalone
 from .common import PLACE, host_of, model_options, named_sources, shared_options, show
 
@@ -35,7 +36,10 @@ def compare(
     """
     if len(adapters) < 2:
         raise click.UsageError("Name two adapters or more.")
-    loaded = load_standalone(named_sources(adapters), model=host_of(model, subfolder, as_json))
+    places = named_sources(adapters)
+    for place in places.values():
+        check_has_deltas(place)
+    loaded = load_standalone(places, model=host_of(model, subfolder, as_json))
     configs = {name: plain(config.to_dict()) for name, config in loaded.peft_config.items()}
     show(_Comparison(adapter_similarity(loaded), _differences(configs)), as_json)
 

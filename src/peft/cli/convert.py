@@ -99,7 +99,7 @@ def convert(
     if len(sources) > 1 and target != "poly":
         raise click.UsageError(f"`--to {target}` takes one source.")
     check_output(output, force, sources)
-    number, task = rank_of(rank), task_of(tasks)
+    number = rank_of(rank)
     make_host = partial(host_of, model, subfolder, as_json)
     adapters = {
         name: _opened(source, make_host, component)
@@ -110,7 +110,7 @@ def convert(
         _save(one, output, dtype_of(dtype))
         return show(Written(output), as_json)
     loaded = load_standalone(adapters, model=make_host())
-    names = list(loaded.peft_config)
+    names, task = list(loaded.peft_config), task_of(tasks, loaded.peft_config.values())
     result = Written(output)
     if target == "poly":
         made = convert_to_poly(

@@ -34,7 +34,8 @@ from .results import Written, WrittenTasks
     "tasks",
     multiple=True,
     metavar="TASK[=SHARE]",
-    help="A task by name or number, or several with their shares; may be repeated.",
+    help="A task by name or number, or several with their shares; may be repeated. All of it is "
+    "the name if there is a task of that name.",
 )
 @click.option(
     "--all-tasks", is_flag=True, help="Write each task to a folder of its name in OUTPUT."
@@ -91,9 +92,8 @@ def extract(
     own = list(weights) or [1 / len(names)] * len(names)
     chosen = names[0] if len(names) == 1 else dict(zip(names, own, strict=True))
     with quiet_lora():
-        converted = save_as_lora(
-            output, loaded, number, chosen, task_id=task_of(tasks), heads=heads
-        )
+        task = task_of(tasks, loaded.peft_config.values())
+        converted = save_as_lora(output, loaded, number, chosen, task_id=task, heads=heads)
     show(Written(output, converted.errors, converted.error), as_json)
 
 

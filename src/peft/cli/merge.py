@@ -53,7 +53,7 @@ def merge(
     check_task(config, tasks)
     if base is None and config.base_model_name_or_path is None:
         raise click.UsageError("Pass `--base`: the adapter does not name its base model.")
-    task = task_of(tasks)
+    task = task_of(tasks, [config])
     options = {} if task is None else {"task_id": task}
     with quiet_libraries(as_json):
         save_merged(

@@ -174,8 +174,7 @@ class DeltaReader:
         """Return the tuner and the layers of an adapter, without values."""
         tuner = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type)(self.root, None)
         tuner.delta_views(config)  # raises if the delta depends on the input
-        if getattr(config, "use_dora", False):  # before the plan, which depends on the model
-            raise _decomposed("It")
+        _check_undecomposed(config)  # before the plan, which depends on the model
         with ordinary_tensors():
             config = config.for_adapter()
             config.inference_mode = True
@@ -209,6 +208,7 @@ def loaded_deltas(
     """
     config = config_of(model, adapter_name)
     views = lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).delta_views(config)
+    _check_undecomposed(config)
     layers = dict(layers_with(root_of(model)[0], adapter_name))
     if not deltas_only:
         parts = [f"`{name}`" for name in config.modules_to_save or ()]
@@ -243,20 +243,31 @@ def _deltas(
     return deltas
 
 
+def check_has_deltas(adapter: str | os.PathLike[str], **hub_options: object) -> None:
+    """Check, by the config of a saved adapter alone, that its deltas are low-rank products.
+
+    Raises:
+        PeftNotSupportedError: It has weight decomposition (DoRA).
+    """
+    with _naming(adapter):
+        _check_undecomposed(PeftConfig.from_pretrained(adapter, **hub_options))
+
+
 def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:
     """Check that each layer's delta is a low-rank product."""
     check_convertible(layers, adapter_name)
-    if decomposed := [path for path, own in layers.items() if own.decomposition(adapter_name)]:
-        raise _decomposed(f"`{decomposed[0]}`")
     if unfit := [path for path, layer in layers.items() if layer.geometry.groups > 1]:
         raise UnsupportedModuleError(f"`{unfit[0]}` is a convolution in groups.")
 
 
-def _decomposed(subject: str) -> PeftNotSupportedError:
-    return PeftNotSupportedError(
-        f"{subject} has weight decomposition (DoRA), whose change of the weight is of full rank; "
-        "`convert_to_lora` approximates it."
-    )
+def _check_undecomposed(config: PeftConfig) -> None:
+    """Check that an adapter has no weight decomposition (DoRA)."""
+    if lookup(PEFT_TYPE_TO_TUNER_MAPPING, config.peft_type).decomposes(config):
+        raise PeftNotSupportedError(
+            "It has weight decomposition (DoRA): its change of the weight is of full rank and "
+            "depends on the base model's weights. `convert_to_lora` approximates it, in the base "
+            "model."
+        )
 
 
 def _check_only_deltas(whole: Iterable[str], token_rows: object, biases: str) -> None:

@@ -214,6 +214,11 @@ class BaseTuner(AdaptedModel[C]):
         return {}
 
     @classmethod
+    def decomposes(cls, config: C) -> bool:
+        """Return whether an adapter has weight decomposition (DoRA)."""
+        return False
+
+    @classmethod
     def delta_views(cls, config: C) -> dict[str, Mapping[str, object]]:
         """Return the arguments of `low_rank_factors` for each delta of an adapter, by the name of
         its task; of a method without tasks there is one, "".

@@ -102,6 +102,10 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
             name = "weight_decompose" if config.weight_decompose else "row_offsets"
             yield f"`{name}` is for modules; leave the default."
 
+    @classmethod
+    def decomposes(cls, config: LoKrConfig) -> bool:  # noqa: D102
+        return config.weight_decompose
+
     def clip_weight_norms(
         self, largest: float, adapter_name: str | None = None
     ) -> dict[str, float]:

@@ -323,6 +323,10 @@ class LoraModel(BaseTuner[LoraConfig]):
         ), state
 
     @classmethod
+    def decomposes(cls, config: LoraConfig) -> bool:  # noqa: D102
+        return config.use_dora
+
+    @classmethod
     def conversion_options(cls, config: LoraConfig, **options: object) -> Mapping[str, object]:
         """Refuse activated adapters, and options of other methods."""
         if config.alora_invocation_tokens:
