@@ -151,6 +151,7 @@ BAD_IDS = [
     (torch.tensor([0.0, 1.0, 2.0]), TypeError, "must be integers, not torch.float32"),
     (torch.tensor([True, False, True]), TypeError, "must be integers, not torch.bool"),
     ("nowhere", ValueError, "Unknown task names"),
+    (torch.ones(3, dtype=torch.long, device="meta"), ValueError, "on the meta device"),
     (object(), TypeError, "must be integers"),
 ]
 

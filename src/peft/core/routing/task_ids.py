@@ -58,6 +58,11 @@ def as_task_ids(
             return torch.zeros(1, dtype=torch.long, device=device)
         raise _missing(f"{n_tasks} {_noun(adapters)}s", argument, misnamed)
     ids = _integers(task_ids, adapters, argument)
+    if ids.device.type == "meta" != device.type:
+        raise PeftValueError(
+            f"`{argument}` is on the meta device and has no values; pass ids on a device of the "
+            "model's, or a list."
+        )
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids.squeeze(1)
     ids = ids.reshape(1) if ids.dim() == 0 else ids
