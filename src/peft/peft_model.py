@@ -33,7 +33,6 @@ from .core.filling import copy_fill
 from .core.injection import Construction, Fill
 from .core.layer import BaseTunerLayer
 from .core.model_methods import around, forwarded
-from .core.resizing import check_resizable
 from .integrations.checkpointing import require_input_gradients
 from .status import (
     TunerLayerStatus,
@@ -210,15 +209,6 @@ class PeftModel(nn.Module):
         """Call the base model's method of that name, as `gradient_checkpointing_enable` does."""
         self.base_model.activation_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing()
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Call the base model's method of that name.
-
-        Raises:
-            PeftNotSupportedError: An adapter trains the embeddings or the head; nothing is changed.
-        """
-        check_resizable(self.get_base_model(), *args, **kwargs)
-        return self.base_model.resize_token_embeddings(*args, **kwargs)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module | None = None) -> None:
         """Make the input of the base model, or of `model`, require gradients, which checkpointed

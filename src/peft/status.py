@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .base.containers import walk
-from .base.errors import PeftTypeError, PeftValueError
+from .base.errors import PeftTypeError, PeftValueError, warn
 from .base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from .base.tables import alike, table
 from .core.auxiliary import AuxiliaryTrainingWrapper
 from .core.layer import BaseTunerLayer
 from .core.model_methods import is_tuner, tuner_of
 from .core.weights import is_quantized
+from .integrations.distributed import full_sizes, is_flattened, unwrap_model
 from .integrations.quantization import storage_format
 
 Irregular = Literal["irregular"]
@@ -165,7 +166,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         >>> get_layer_status(model)[0].module_type
         'lokr.Linear'
     """
-    model = _uncompiled(model)
+    model = _inside(model)
     searched = tuner_of(model) or model
     result = LayerStatuses(
         _layer_status(path, module)
@@ -197,7 +198,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         >>> status.active_adapters, status.enabled, status.requires_grad
         (['default'], True, {'default': True})
     """
-    model = _uncompiled(model)
     layers = get_layer_status(model)
     # The others are modules that are trained beside the adapters.
     adapted = [layer for layer in layers if "." in layer.module_type]
@@ -205,7 +205,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     by_name = {
         name: [layer for layer in layers if name in layer.available_adapters] for name in names
     }
-    base, tuner, methods = _kinds(model)
+    base, tuner, methods = _kinds(_inside(model))
     trainable, total = count_parameters(model)
     return TunerModelStatus(
         base_model_type=base,
@@ -233,22 +233,36 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters of a model."""
     trainable = total = 0
+    full, is_cut = full_sizes(model), False
     for parameter in model.parameters():
-        # ZeRO-3 empties parameters.
-        count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        # ZeRO-3 empties parameters, and FSDP1 leaves each process a slice.
+        own = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        count = full.get(id(parameter), own)
+        is_cut |= is_flattened(parameter) and id(parameter) not in full
         if type(parameter).__name__ == "Params4bit":
             # Two weights a byte.
             count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
         total += count
         trainable += count if parameter.requires_grad else 0
+    if is_cut:
+        warn(
+            "The numbers of parameters are those of this process's slices: a "
+            "FullyShardedDataParallel module around this model holds the others. Pass that module "
+            "to `get_model_status` for all of them."
+        )
     return trainable, total
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside the module that `torch.compile` puts around it."""
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the model inside modules that compile, replicate or shard it."""
     if not isinstance(model, nn.Module):
         raise PeftTypeError(f"The state of adapters is that of a model, got {type(model)}.")
-    return model._modules.get("_orig_mod") or model
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = unwrap_model(inner)
+        parts = model._modules
+        inner = parts.get("_orig_mod") or parts.get("_fsdp_wrapped_module")
+    return model
 
 
 def _layer_status(path: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> TunerLayerStatus:

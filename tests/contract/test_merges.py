@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.methods import METHODS
 from helpers.models import mlp
 from torch import nn
@@ -385,6 +386,89 @@ def test_a_merge_into_a_layer_with_further_arguments_warns(method):
     (text,) = warnings_of(model.merge_adapter, **method.merge)
     assert text.startswith("`forward` takes further arguments in `0` (gate). ")
     assert warnings_of(model.unmerge_adapter) == []
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return F.gelu(super().forward(x))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+class Normalized(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1), self.bias)
+
+
+class Masked(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mask", (torch.arange(sizes[0]) % 2).float())
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Residual(nn.Linear):
+    """Further parts beside the product do not act on a delta, nor does dropout in evaluation."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.side, self.calls = nn.Sequential(nn.Linear(*sizes), nn.Tanh()), 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.add_(1)
+        x = F.dropout(x, 0.5, self.training)
+        return x + F.linear(x, self.weight) + self.bias + self.side(x)
+
+
+class Counting(nn.Linear):
+    """A forward that can't be run by itself."""
+
+    def forward(self, x):
+        if x.shape[1:] != (7, 8):
+            raise RuntimeError("unexpected shape")
+        return super().forward(x)
+
+
+class Coarse(nn.Linear):
+    """A weight that is rounded to eight bits."""
+
+    def forward(self, x):
+        return F.linear(x, (self.weight * 64).round().clamp(-127, 127) / 64, self.bias)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Activated, Scaled, Normalized, Masked, Residual, Counting, Coarse, nn.Linear],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_merge_warns_of_layers_that_would_compute_something_else(kind):
+    """By the outputs before and after the merge. The layer is as it was, but for its weight."""
+    base = kind(8, 8)
+    model = get_peft_model(nn.Sequential(base), METHODS["LOKR"].config(target_modules=["0"])).eval()
+    change(model)
+    x = torch.randn(5, 7, 8)
+    with model.disable_adapter():
+        plain = model(x)
+    before = model(x)
+    base.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    state = copy.deepcopy({**vars(base), "_parameters": {}, "_forward_hooks": {}})
+    drawn = torch.random.get_rng_state()
+    found = warnings_of(model.merge_adapter)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    base._forward_hooks.clear()
+    now = {**vars(base), "_parameters": {}, "_forward_hooks": {}}
+    assert str(now) == str(state)
+    differs = (model(x) - before).norm() > 0.2 * (before - plain).norm()
+    kinds = [text.rpartition("`0` ")[2].partition(",")[0] for text in found]
+    assert kinds == ([f"({kind.__name__})"] if differs else [])
+    assert differs == (kind in (Activated, Scaled, Normalized, Masked))
 
 
 def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):

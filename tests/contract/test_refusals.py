@@ -5,6 +5,7 @@ and files stay as they were.
 
 import copy
 import os
+import pickle
 import re
 
 import pytest
@@ -505,14 +506,31 @@ def test_paths_that_cannot_be_are_refused_by_all_alike(tmp_path, name):
 def test_a_vocabulary_that_adapters_train_keeps_its_size(fields, path):
     """The head is met after the embedding has been resized, so the check comes first."""
     model = get_peft_model(llama(), LoKrConfig(target_modules=["q_proj"], **fields))
-    before = everything(model)
-    with pytest.raises(ValueError, match=rf"`{path}` from 48 to 64 rows"):
-        model.resize_token_embeddings(50, pad_to_multiple_of=32)
+    base, before = model.get_base_model(), everything(model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for whole in (model, model.base_model, base, copied, copied.get_base_model()):
+        with pytest.raises(ValueError, match=rf"`{path}` from 48 to 64 rows"):
+            whole.resize_token_embeddings(50, pad_to_multiple_of=32)
+    if path != "lm_head":
+        with pytest.raises(ValueError, match="`embed_tokens` from 48 to 50 rows"):
+            base.model.resize_token_embeddings(new_num_tokens=50)
     assert_same(before, model)
     assert model.resize_token_embeddings(48).weight.shape[0] == 48
+    assert base.resize_token_embeddings().weight.shape[0] == 48
+    assert model.unload() is base
+    assert not {*vars(base), *vars(base.model)} & {"resize_token_embeddings"}
+    assert base.resize_token_embeddings(50).weight.shape[0] == 50
     plain = get_peft_model(llama(), LoKrConfig(target_modules=["q_proj"]))
     assert plain.resize_token_embeddings(50).weight.shape[0] == 50
     assert plain(torch.tensor([[49]])).logits.shape[-1] == 50
+
+
+def test_an_injected_adapter_of_the_head_keeps_the_vocabulary():
+    base = llama()
+    inject_adapter_in_model(LoKrConfig(r=2, target_modules=["lm_head"]), base)
+    with pytest.raises(peft.PeftError, match="`lm_head` from 48 to 50 rows"):
+        base.resize_token_embeddings(50)
+    assert base.get_input_embeddings().weight.shape[0] == 48
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

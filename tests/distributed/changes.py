@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of a model that an engine has sharded, beside the same changes of one that is whole."""
 
+import warnings
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,14 +33,14 @@ def inputs(step, rank):
 class Whole:
     """A model in one process, which sees the batches of all."""
 
-    def __init__(self, method):
-        self.call, self.model = METHODS[method].call, two_adapters(method)
+    def __init__(self, method, momentum=0.5):
+        self.call, self.model, self.momentum = METHODS[method].call, two_adapters(method), momentum
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.wrap()
 
     def wrap(self):
         self.outer = self.model
-        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=0.5)
+        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=self.momentum)
 
     def logits(self):
         self.model.eval()
@@ -71,6 +73,9 @@ class Sharded(Whole):
         self.optimiser.step()
         self.optimiser.zero_grad()
 
+    def after_gathering(self):
+        """What an engine needs after its parameters were changed while they were gathered."""
+
 
 class Fsdp2(Sharded):
     def wrap(self):
@@ -78,7 +83,7 @@ class Fsdp2(Sharded):
 
         self.outer = fully_shard(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=0.5)
+        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=self.momentum)
 
 
 class Fsdp1(Sharded):
@@ -89,7 +94,7 @@ class Fsdp1(Sharded):
             self.model, device_id=torch.device("cpu"), use_orig_params=True
         )
         self.trained = [p for p in self.outer.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=0.5)
+        self.optimiser = torch.optim.SGD(self.trained, lr=0.3, momentum=self.momentum)
 
     def gathered(self):
         return type(self.outer).summon_full_params(self.outer)
@@ -97,6 +102,8 @@ class Fsdp1(Sharded):
 
 class Zero3(Sharded):
     """ZeRO-3 by its defaults, which leave a full copy of each small parameter after a forward."""
+
+    fields: ClassVar = {}
 
     def wrap(self):
         from jobs import with_deepspeed
@@ -106,6 +113,8 @@ class Zero3(Sharded):
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": 3},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            **self.fields,
         }
         self.outer = with_deepspeed().initialize(
             model=self.model,
@@ -123,9 +132,18 @@ class Zero3(Sharded):
 
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()), modifier_rank=0)
 
+    def after_gathering(self):
+        self.outer.optimizer.refresh_fp32_params()
+
     def state(self, name):
         with self.gathered():
             return super().state(name)
+
+
+class HalfZero3(Zero3):
+    """ZeRO-3 in 16 bits, whose optimizer has copies of the parameters in 32."""
+
+    fields: ClassVar = {"bf16": {"enabled": True}}
 
 
 ENGINES = {"fsdp2": Fsdp2, "fsdp1": Fsdp1, "zero3": Zero3}
@@ -145,11 +163,40 @@ def merge(subject, method, folder):
 
 
 def delete(subject, method, folder):
-    """The engine puts the parameters back, where new ones would be lost."""
+    """FSDP puts the parameters back, where new ones would be lost."""
     subject.model.delete_adapter("other")
-    if type(subject) is not Whole:
+    if isinstance(subject, Fsdp1 | Fsdp2):
         with pytest.raises(peft.PeftError, match="other, which was deleted; choose another"):
             subject.model.add_adapter("other", config_of(method))
+
+
+def add(subject, method, folder):
+    subject.model.add_adapter("new", config_of(method))
+
+
+def mix(subject, method, folder):
+    """An adapter for each sample, scaled, while the other is frozen."""
+    subject.model.base_model.model[0].set_scale("default", 0.5)
+    subject.model.set_requires_grad("other", False)
+    with torch.no_grad():
+        names = ["other", "default"]
+        mixed = subject.outer(inputs(9, 0), adapter_names=names, **subject.call).clone()
+    with subject.model.disable_adapter():
+        return mixed, subject.logits()
+
+
+def delta(subject, method, folder):
+    layer = subject.model.base_model.model[0]
+    return layer.get_delta_weight("default").detach().clone()
+
+
+def combine(subject, method, folder):
+    names = ["default", "other"]
+    subject.model.add_weighted_adapter(names, [0.5, 1.0], "sum", combination_type="cat")
+
+
+def tasks(subject, method, folder):
+    subject.model.add_tasks(["more"])
 
 
 def bank(subject, method, folder):
@@ -191,12 +238,15 @@ CHANGES = {
     ),
     **{
         change.__name__: change
-        for change in (merge, delete, bank, skills, load, swap, save, save_gathered)
+        for change in (
+            *(merge, delete, add, mix, delta, combine, bank, skills, tasks),
+            *(load, swap, save, save_gathered),
+        )
     },
 }
 
 
-def changed(engine, method, change, folder, called=True, gather=False):
+def changed(engine, method, change, folder, called=True, gather=False, momentum=0.5):
     """Change a sharded model and a whole one, after a call or before any, and train on; return the
     error, and what each of them gives.
     """
@@ -205,8 +255,8 @@ def changed(engine, method, change, folder, called=True, gather=False):
         base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
         get_peft_model(base, config_of(method)).save_pretrained(folder)
     dist.barrier()
-    sharded, results, error = ENGINES[engine](method), [], ""
-    for subject in (sharded, Whole(method)):
+    sharded, results, error = ENGINES[engine](method, momentum), [], ""
+    for subject in (sharded, Whole(method, momentum)):
         found, is_whole = [], subject is not sharded
         if called:
             subject.step(0)
@@ -215,6 +265,8 @@ def changed(engine, method, change, folder, called=True, gather=False):
             try:
                 with sharded.gathered() if gather and not is_whole else nullcontext():
                     found.append(CHANGES[change](subject, method, folder))
+                if gather and not is_whole:
+                    sharded.after_gathering()
             except peft.PeftError as refused:
                 error = str(refused)
         found.append(subject.logits())
@@ -223,3 +275,99 @@ def changed(engine, method, change, folder, called=True, gather=False):
         found += [subject.state(name) for name in subject.model.peft_config]
         results.append([part for part in found if part is not None])
     return error, *results
+
+
+def loaded_in_half(folder):
+    """How far parameters are from their values in a file that a model in 16 bits loads: before,
+    after the load, and after a small step; with a refresh of the optimizer and without.
+    """
+    if dist.get_rank() == 0:
+        torch.manual_seed(5)
+        base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+        get_peft_model(base, config_of("LOKR")).save_pretrained(folder)
+    dist.barrier()
+    wanted, results = load_peft_weights(folder), []
+    for refreshes in (True, False):
+        subject, gaps = HalfZero3("LOKR"), []
+
+        def note(subject=subject, gaps=gaps):
+            state = subject.state("default")
+            gaps.append(max(float((state[k].float() - wanted[k]).abs().max()) for k in wanted))
+
+        note()
+        with subject.gathered():
+            load(subject, "LOKR", folder)
+        if refreshes:
+            subject.after_gathering()
+        note()
+        x = inputs(0, dist.get_rank()).bfloat16()
+        subject.backward(subject.outer(x).square().mean() * 1e-3)
+        note()
+        results.append(gaps)
+    return results
+
+
+def status_of(engine):
+    """The status of a sharded model and of a whole one, and what counting from inside warns of."""
+    sharded, whole = ENGINES[engine]("LOKR"), Whole("LOKR")
+    found = []
+    for subject in (sharded, whole):
+        subject.step(0)
+        outer = subject.outer
+        found.append((peft.get_model_status(outer), list(peft.get_layer_status(outer))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sharded.model.get_nb_trainable_parameters()
+    return *found, [str(warning.message) for warning in caught]
+
+
+def started_late():
+    """The error of EVA in a sharded model, and whether anything changed."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    options = peft.EvaConfig(rho=1)
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config=options)
+    model = fully_shard(get_peft_model(base, config))
+    model(inputs(0, 0))
+    before = {n: p.full_tensor().clone() for n, p in model.state_dict().items()}
+    try:
+        peft.initialize_lora_eva_weights(model, eva_state_dict={"0": torch.eye(8)[:3]})
+    except peft.PeftError as error:
+        same = all(torch.equal(p.full_tensor(), before[n]) for n, p in model.state_dict().items())
+        return str(error), same
+    return "", False
+
+
+def fleet(engine, folder):
+    """The outputs of a fleet over a sharded base model and over a whole one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    if dist.get_rank() == 0:
+        for i, name in enumerate("abc"):
+            torch.manual_seed(i)
+            get_peft_model(base(), config_of("LOKR")).save_pretrained(f"{folder}/{name}")
+        peft.AdapterLibrary(folder)
+    dist.barrier()
+    library, outputs = peft.AdapterLibrary(folder), []
+    for is_sharded in (True, False):
+        model = base().eval()
+        if is_sharded and engine == "fsdp2":
+            model = fully_shard(model)
+        elif is_sharded:
+            device = torch.device("cpu")
+            model = FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
+        served, found = peft.AdapterFleet(model, library, max_adapters=2), []
+        for names in (["a", "b"], ["c", "__base__"], ["a", "c"], ["b", "b"]):
+            with served.using(names) as there, torch.no_grad():
+                found.append(served.model(inputs(9, 0), adapter_names=there).clone())
+        served.activate("a")
+        with torch.no_grad():
+            found.append(served.model(inputs(9, 0)).clone())
+        outputs.append((found, sorted(served.status().sizes)))
+    return outputs

@@ -745,11 +745,11 @@ def roles(method):
     return found, ""
 
 
-def changed(*args, **options):
-    """Change a sharded model and a whole one."""
+def change(job, *args, **options):
+    """Run a job of `changes`."""
     import changes
 
-    return changes.changed(*args, **options)
+    return getattr(changes, job)(*args, **options)
 
 
 def rows_of_tasks():

@@ -221,6 +221,12 @@ SLICES, GATHER = "FullyShardedDataParallel", "deepspeed.zero.GatheredParameters"
         ("fsdp1", "LOKR", "clip", {}, SLICES),
         ("fsdp1", "LOKR", "clip", {"gather": True}, ""),
         ("fsdp1", "LOKR", "convert", {}, SLICES),
+        ("fsdp1", "LOKR", "delta", {}, SLICES),
+        ("fsdp1", "LOKR", "delta", {"gather": True}, ""),
+        ("fsdp2", "LOKR", "delta", {}, ""),
+        ("fsdp1", "LOKR", "convert", {"gather": True}, "is a slice"),
+        ("fsdp1", "LORA", "combine", {"gather": True}, "is a slice"),
+        ("fsdp2", "LORA", "combine", {}, ""),
         ("fsdp1", "LOKR", "swap", {}, SLICES),
         ("fsdp1", "LOKR", "delete", {}, ""),
         ("fsdp1", "LOKR", "save", {}, SLICES),
@@ -229,6 +235,25 @@ SLICES, GATHER = "FullyShardedDataParallel", "deepspeed.zero.GatheredParameters"
         ("fsdp1", "VBLORA", "bank", {}, SLICES),
         # An optimizer's step would write its own copies over full parameters.
         ("zero3", "VBLORA", "load", {}, GATHER),
+        ("zero3", "VBLORA", "load", {"gather": True}, ""),
+        # DeepSpeed's optimizer keeps what is frozen later, and its momentum goes on.
+        ("zero3", "LOKR", "switch", {"momentum": 0.0}, ""),
+        ("zero3", "LOKR", "mix", {}, ""),
+        ("zero3", "LOKR", "delete", {}, ""),
+        ("zero3", "LOKR", "add", {}, "`deepspeed.initialize`"),
+        ("zero3", "LORA", "combine", {"gather": True}, "`deepspeed.initialize`"),
+        ("zero3", "LOKR", "clip", {}, GATHER),
+        ("zero3", "LOKR", "clip", {"gather": True}, ""),
+        ("zero3", "LOKR", "convert", {"called": False}, GATHER),
+        ("zero3", "LOKR", "convert", {"gather": True}, ""),
+        ("zero3", "LOKR", "delta", {"called": False}, GATHER),
+        ("zero3", "LOKR", "swap", {}, GATHER),
+        ("zero3", "LOKR", "swap", {"gather": True}, ""),
+        ("zero3", "POLY", "skills", {}, GATHER),
+        ("zero3", "POLY", "skills", {"gather": True}, ""),
+        ("zero3", "POLY", "tasks", {}, "an engine has sharded"),
+        ("zero3", "VBLORA", "bank", {}, GATHER),
+        ("zero3", "VBLORA", "bank", {"gather": True}, ""),
     ],
 )
 def test_a_change_of_a_sharded_model_is_kept_or_refused(
@@ -236,12 +261,40 @@ def test_a_change_of_a_sharded_model_is_kept_or_refused(
 ):
     """Of all processes alike, with nothing changed where it is refused."""
     for error, sharded, whole in pool.run(
-        "changed", engine, method, change, str(tmp_path), **options
+        "change", "changed", engine, method, change, str(tmp_path), **options
     ):
         assert refusal in error and bool(refusal) == bool(error)
         assert len(sharded) == len(whole)
         for found, expected in zip(sharded, whole, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_zero3_loads_in_16_bits_needs_a_refresh_of_its_optimizer(pool, tmp_path):
+    for with_refresh, without in pool.run("change", "loaded_in_half", str(tmp_path)):
+        assert with_refresh[0] > 0.3 > 0.01 > max(with_refresh[1:])
+        assert without[1] < 0.01 < 0.3 < without[2]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1", "zero3"])
+def test_the_status_of_a_sharded_model_is_that_of_a_whole_one(pool, engine):
+    for sharded, whole, messages in pool.run("change", "status_of", engine):
+        assert sharded == whole
+        assert len(messages) == (engine == "fsdp1")
+        assert all("those of this process's slices" in message for message in messages)
+
+
+def test_an_adapter_starts_from_data_before_the_model_is_sharded(pool):
+    for message, is_unchanged in pool.run("change", "started_late"):
+        assert message.startswith("`0`: an engine has sharded adapter default; start it by EVA")
+        assert is_unchanged
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1"])
+def test_a_fleet_over_a_sharded_base(pool, tmp_path, engine):
+    for sharded, whole in pool.run("change", "fleet", engine, str(tmp_path)):
+        assert sharded[1] == whole[1]
+        for found, expected in zip(sharded[0], whole[0], strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,19 @@ def test_a_callback_decides_for_each_layer(tmp_path):
             assert torch.equal(parameter, before[name]) == ("down" in name)
 
 
+def test_a_sharded_adapter_is_left_as_it_is(tmp_path):
+    """An engine's parameter, by the mark that ZeRO-3 leaves on it."""
+    save_file(weights(), tmp_path / "model.safetensors")
+    model = get_peft_model(quantized_model(4), LoraConfig(r=4, target_modules=["up", "down"]))
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora" in n}
+    weight = model.base_model.model.model.down.lora_B["default"].weight
+    weight.ds_numel = weight.numel()
+    with pytest.raises(RuntimeError, match=r"`model\.down`: an engine has sharded .* by LoftQ"):
+        replace_lora_weights_loftq(model, tmp_path)
+    for name, parameter in model.named_parameters():
+        assert "lora" not in name or torch.equal(parameter, before[name])
+
+
 def test_weights_that_are_not_there(tmp_path):
     model = get_peft_model(quantized_model(4), LoraConfig(r=4, target_modules=["up", "down"]))
     with pytest.raises(ValueError, match="does not tell where it was loaded from"):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from typing import ClassVar, Protocol
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.containers import AdapterContainer
-from ..base.errors import PeftRuntimeError
+from ..base.errors import PeftNotSupportedError, PeftRuntimeError
 from ..integrations.accelerate import end_offloading, is_offloaded
-from ..integrations.distributed import gathered_tensor, is_managed
+from ..integrations.distributed import check_whole, gathered_tensor, is_managed, is_sharded
 from ..ops.dispatch import are_unhooked
 
 
@@ -142,6 +142,35 @@ def lacks_values(layer: _Layer, adapter_name: str) -> bool:
             if any(tensor is not None and tensor.is_meta for tensor in tensors):
                 return True
     return False
+
+
+def check_readable(layer: _Layer, adapter_name: str) -> None:
+    """Check that the values of an adapter's tensors can be read here.
+
+    Raises:
+        PeftRuntimeError: An engine holds them elsewhere.
+        PeftNotSupportedError: Its modules were quantized.
+    """
+    check_whole(tensors_of(layer, adapter_name))
+    for attribute in layer.container_names:
+        entry = getattr(layer, attribute)._modules.get(adapter_name)
+        for module in () if entry is None else entry.modules():
+            if callable(getattr(module, "weight", None)):  # `quantize_dynamic` makes a method of it
+                raise PeftNotSupportedError(
+                    f"`{attribute}` of adapter {adapter_name} is quantized, by `quantize_dynamic` "
+                    "for example; read, merge or convert the adapter before you quantize the model."
+                )
+
+
+def check_unsharded(layers: Mapping[str, _Layer], adapter_name: str, action: str) -> None:
+    """Check that no engine has sharded an adapter's tensors, which an action, "add skills",
+    replaces.
+    """
+    for path, layer in layers.items():
+        if any(map(is_sharded, tensors_of(layer, adapter_name))):
+            raise PeftRuntimeError(
+                f"`{path}`: an engine has sharded adapter {adapter_name}; {action} before that."
+            )
 
 
 def adopt(layer: _Layer, fresh: _Layer) -> None:

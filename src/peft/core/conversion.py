@@ -19,8 +19,8 @@ from ..base.tables import alike, table
 from ..base.validation import check_adapter
 from ..checkpoint.files import write_adapter
 from ..config import PeftConfig
-from ..integrations.distributed import check_whole
 from .adapter_choice import active_in, adapter_meant
+from .adapters import check_readable
 from .combining import outer_path
 from .layer import BaseTunerLayer
 from .model_methods import tuner_of
@@ -143,7 +143,7 @@ def check_convertible(layers: dict[str, BaseTunerLayer], adapter_name: str) -> N
         )
     for path, layer in layers.items():
         with naming_layer(path):
-            check_whole(layer.adapter_tensors(adapter_name))
+            check_readable(layer, adapter_name)
         base = layer.get_base_layer()
         weight = base._parameters.get("weight")
         is_absent = weight is not None and weight.is_meta and not hasattr(base, "_hf_hook")

@@ -26,7 +26,8 @@ from ..base.geometry import Placement
 from ..base.modules import get_submodules
 from ..base.progress import track
 from ..config import TargetedConfig
-from . import moe_tokens, tying
+from ..integrations.distributed import check_can_grow
+from . import moe_tokens, resizing, tying
 from .adapters import AdapterParameterDict, adopt, make_room
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from .base_layer import adapted_module, layer_of
@@ -300,8 +301,12 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
     """Put a finished adapter into a model; once it has the memory, nothing here can fail.
 
     `method` is the tuner of the adapter's method: `host` itself, unless the model mixes methods.
+
+    Raises:
+        PeftRuntimeError: An engine that runs the model can't take it; nothing is changed.
     """
     model, name, is_first = host.model, build.adapter_name, not host.peft_config
+    check_can_grow(model)
     for path, layer in build.layers.items():
         if (present := layer_of(model.get_submodule(path), method.tuner_layer_cls)) is not None:
             make_room(present, layer)
@@ -323,6 +328,7 @@ def put_in(host: Host[C], method: AdapterMethod[C], plan: Plan[C], build: Build[
     outer = dict.fromkeys(target.path for target in plan.parameters)
     paths = (*build.layers, *build.copies, *build.tokens, *plan.tokens.tied, *outer)
     moe_tokens.note(model, paths)
+    resizing.guard(model)
     for attribute in method.put_shared(build):
         host.shared_owner(attribute)._modules.setdefault(attribute, build.containers[attribute])
     host.peft_config[name] = build.config

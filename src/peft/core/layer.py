@@ -45,8 +45,7 @@ class BaseTunerLayer(nn.Module):
         base_layer: The layer to adapt. It stays as it is, below this one.
 
     Attributes:
-        adapter_layer_names: Containers (attributes with parameters or modules by adapter name) that
-            the interface lists.
+        adapter_layer_names: Containers of parameters or modules that the interface lists.
         other_param_names: Attributes with values by adapter name that the interface lists.
         container_names: All containers, by default `adapter_layer_names`.
         value_names: All values except `scaling`, by default `other_param_names`.
@@ -161,6 +160,7 @@ class BaseTunerLayer(nn.Module):
         """Return the delta of the base weight, in its layout; by default from `delta_recipe`."""
         if type(self).delta_recipe is BaseTunerLayer.delta_recipe:
             raise PeftNotSupportedError(f"{type(self).__name__} has no delta to merge.")
+        adapters.check_readable(self, adapter_name)
         return self.delta_recipe(adapter_name, **options).weight()
 
     def delta_recipe(self, adapter_name: str, **options: Any) -> Recipe:

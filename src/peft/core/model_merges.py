@@ -16,15 +16,17 @@ from ..base.modules import get_submodules
 from ..base.progress import track
 from ..base.suggestions import listed
 from ..integrations.accelerate import loaded_weights
-from . import moe_tokens, replication, tied_weights
+from . import moe_tokens, replication, resizing, tied_weights
 from .adapted_parameters import detach
-from .adapters import lacks_values
+from .adapters import check_readable, lacks_values
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
 from .fused_paths import restore_fused_paths
 from .layer import BaseTunerLayer
+from .linear_probe import changes_delta
 from .merge_requests import warn_of_merged
 from .merges import Merge, Options
+from .parameter_layer import ParameterLayer
 from .weights import untied
 
 AdapterOptions: TypeAlias = Mapping[str, Options]
@@ -45,7 +47,7 @@ def merge(named: Mapping[str, BaseTunerLayer], options: AdapterOptions, safe_mer
     present = [name for name in options if any(name in layer.scaling for layer in layers)]
     warn_of_merged([name for name in present if name not in left], left)
     _check(named, {id(layer): new for layer, new in todo})
-    _warn_of_arguments(named, {layer for layer, _ in todo})
+    _warn_of_forwards(named, {layer for layer, _ in todo})
     done: list[tuple[BaseTunerLayer, list[str]]] = []
     try:
         for layer, new in track(todo, "Merging"):
@@ -92,7 +94,9 @@ def _check(named: Mapping[str, BaseTunerLayer], todo: Mapping[int, AdapterOption
 
 
 def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
-    """Raise for adapters on the meta device that are to be merged into a weight with values."""
+    """Raise for adapters without values here, on the meta device for example, that are to be merged
+    into a weight with values.
+    """
     weight = layer.get_base_layer()._parameters.get("weight")
     for name in () if weight is None or weight.is_meta else names:
         if lacks_values(layer, name):
@@ -100,24 +104,37 @@ def _check_values(layer: BaseTunerLayer, names: Iterable[str]) -> None:
                 f"Adapter {name} is on the meta device and has no values yet: load a checkpoint "
                 "into it, or run the function that initializes it."
             )
+        check_readable(layer, name)
 
 
-def _warn_of_arguments(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTunerLayer]) -> None:
-    """Warn of layers to merge into whose `forward` takes more than the input. What it does with the
-    other arguments acts on a merged delta as on the weight, and not on a delta that is added to its
+def _warn_of_forwards(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTunerLayer]) -> None:
+    """Warn of layers to merge into whose `forward` takes more than the input, or does more than
+    multiply it by the weight: this acts on a merged delta too, and not on one that is added to its
     output.
     """
-    odd: dict[str, str] = {}
+    with_arguments: list[str] = []
+    with_more: list[str] = []
     for path, layer in named.items():
         base = layer.get_base_layer()
-        if layer in layers and isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            more = positional_names(type(base).forward)[2:]
-            odd |= {path: f"`{path}` ({', '.join(more)})"} if more else {}
-    if odd:
+        if layer not in layers or isinstance(layer, ParameterLayer):
+            continue
+        is_product = isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        arguments = positional_names(type(base).forward)[2:] if is_product else ()
+        if arguments:
+            with_arguments.append(f"`{path}` ({', '.join(arguments)})")
+        elif changes_delta(base):
+            with_more.append(f"`{path}` ({type(base).__name__})")
+    if with_arguments:
         warn(
-            f"`forward` takes further arguments in {listed(list(odd.values()))}. They act on a "
+            f"`forward` takes further arguments in {listed(with_arguments)}. They act on a "
             "merged delta as on the weight, so outputs of calls that pass them can differ from "
             "those of the unmerged adapter."
+        )
+    if with_more:
+        warn(
+            f"`forward` does more than multiply by the weight in {listed(with_more)}, an activation "
+            "or a scale for example. It acts on a merged delta too, so outputs differ from those "
+            "of the unmerged adapter."
         )
 
 
@@ -297,3 +314,4 @@ def unload(
             setattr(parent, child, plain)
     restore_fused_paths(model)
     moe_tokens.forget(model)
+    resizing.release(model)

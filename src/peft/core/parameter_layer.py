@@ -157,7 +157,7 @@ class ParameterLayer(BaseTunerLayer):
             x: `[rows, in]`.
             rows: The expert and token of each row.
         """
-        delta = self.get_delta_weight(adapter_name).to(x.dtype)
+        delta = self.delta_recipe(adapter_name).weight().to(x.dtype)
         return rows.product(x, delta if self.geometry.transposed else delta.mT)
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:

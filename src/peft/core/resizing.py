@@ -1,40 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizing of a language model's vocabulary, which adapters of its embeddings do not follow."""
+"""Resizing of a language model's vocabulary, which adapters of its embeddings do not follow.
+
+transformers' `resize_token_embeddings` would raise when it has resized the embeddings and meets an
+adapted head. It is a method of the base model, so its calls are wrapped there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
+from ..base.calls.wrapped_methods import MethodCall, is_wrapped, unwrap_methods, wrap_method
 from ..base.containers import walk
 from ..base.errors import PeftNotSupportedError
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 
+_RESIZE = "resize_token_embeddings"
 
-def check_resizable(
-    model: nn.Module,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    *others: object,
-    **options: object,
-) -> None:
-    """Check the arguments of transformers' `resize_token_embeddings`, which would raise when it has
-    resized the embeddings and meets an adapted head.
 
-    Raises:
-        PeftNotSupportedError: The size changes, and an adapter trains the embeddings or the head.
+def guard(model: nn.Module) -> None:
+    """Make a model, and those inside it, refuse to resize embeddings or heads that adapters train.
+
+    Raises in a call of `resize_token_embeddings`:
+        PeftNotSupportedError: The size would change; nothing is changed.
     """
-    for end in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, end)() if hasattr(model, end) else None
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            continue
+    for _, module in walk(model):
+        is_language_model = hasattr(type(module), _RESIZE) and not is_wrapped(module, _RESIZE)
+        if is_language_model and next(_adapted_ends(module), None) is not None:
+            wrap_method(module, _RESIZE, (), _resize)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `guard`."""
+    unwrap_methods(model, _resize)
+
+
+def _resize(call: MethodCall) -> object:
+    """Resize a model's vocabulary, unless an adapter would not follow."""
+    arguments = call.arguments()
+    new, multiple = arguments.get("new_num_tokens"), arguments.get("pad_to_multiple_of")
+    for module in _adapted_ends(call.module):
         rows = module.weight.shape[0]
-        wanted = rows if new_num_tokens is None else new_num_tokens
-        wanted += -wanted % (pad_to_multiple_of or 1)
+        wanted = new if isinstance(new, int) else rows
+        wanted += -wanted % multiple if isinstance(multiple, int) and multiple > 0 else 0
         if wanted != rows:
-            path = next((path for path, own in walk(model) if own is module), "")
+            path = next((path for path, own in walk(call.module) if own is module), "")
             raise PeftNotSupportedError(
-                f"`resize_token_embeddings` would change `{path}` from {rows} to {wanted} rows, "
-                "and adapters of it would not follow. Resize the base model before it gets "
-                "adapters of its embeddings or head; `unload` or `merge_and_unload` removes these."
+                f"`{_RESIZE}` would change `{path}` from {rows} to {wanted} rows, and adapters of "
+                "it would not follow. Resize the base model before it gets adapters of its "
+                "embeddings or head; `unload` or `merge_and_unload` removes these."
             )
+    return call.run()
+
+
+def _adapted_ends(model: nn.Module) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """Yield the model's input embeddings and output head, those that adapters train."""
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, end)()
+        except (AttributeError, NotImplementedError):
+            continue  # a model that has none, or does not say which
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield module

@@ -10,10 +10,10 @@ from typing import TypeAlias, TypeVar
 from ..base.expressions import fullmatch, match_after
 from ..base.patterns import matches_path
 from ..base.plain_values import JsonObject
+from ..base.validation import LayerIndices
 from ..config import PeftConfig
 
 T = TypeVar("T")
-LayerIndices: TypeAlias = list[int] | int | None
 LayerLists: TypeAlias = list[str] | str | None
 
 # Fields of a config that limit its targets to some layers.
@@ -88,7 +88,7 @@ def select(
     ]
 
 
-def layer_choice(config: PeftConfig) -> tuple[LayerIndices, LayerLists]:
+def layer_choice(config: PeftConfig) -> tuple[LayerIndices | None, LayerLists]:
     """Return a config's `layers_to_transform` and `layers_pattern`, None for missing fields."""
     return getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
 

@@ -183,7 +183,8 @@ def is_quantized(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return True
     size = geometry(module) or embedding_geometry(module)
-    if size is None or numel(weight) != size.out_features * size.columns:
+    is_whole = not is_unreadable(weight)
+    if size is None or (is_whole and numel(weight) != size.out_features * size.columns):
         return True  # its shape is not the layer's: a packed 4-bit format
     scaled = weight.dtype.itemsize == 1 and any(
         "scale" in name for name in (*module._parameters, *module._buffers)

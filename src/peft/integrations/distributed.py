@@ -62,8 +62,9 @@ def unwrapped_name(name: str) -> str:
 
 
 def unwrap_model(model: T) -> T:
-    """Return the model inside DataParallel and DistributedDataParallel."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    """Return the model inside DataParallel, DistributedDataParallel and DeepSpeed's engine."""
+    engine: type = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", ())
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, engine)):
         model = model.module
     return model
 
@@ -223,6 +224,17 @@ def check_in_place(tensors: Iterable[Tensor]) -> None:
         )
 
 
+def check_can_grow(model: nn.Module) -> None:
+    """Check that no ZeRO-3 engine runs a model: it fails in modules that it did not prepare."""
+    library = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    kind = getattr(library, "ZeROOrderedDict", ())
+    if library is not None and any(isinstance(m._parameters, kind) for _, m in walk(model)):
+        raise PeftRuntimeError(
+            "DeepSpeed ZeRO-3 runs this model, and fails in modules that are put in later; add or "
+            "load all adapters before `deepspeed.initialize`."
+        )
+
+
 def take_back(root: nn.Module) -> None:
     """Let FSDP2 take back the full copies of a model's parameters that it leaves after a forward.
     What is written to a copy, or to its `requires_grad`, is lost when it does. Every change of
@@ -309,6 +321,24 @@ def is_distributed(tensor: object) -> TypeGuard[DTensor]:
 def gathered_tensor(tensor: Tensor) -> Tensor:
     """Return a DTensor gathered from all processes, any other tensor as it is."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+def full_sizes(model: nn.Module) -> dict[int, int]:
+    """Return the number of elements of each parameter that FSDP1 has cut into slices, by its id; 0
+    for one that shares another's.
+    """
+    sizes: dict[int, int] = {}
+    for unit in _fsdp1_units(walk(model, None)).values():
+        if unit._handle is None:
+            continue
+        flat = unit._handle.flat_param
+        numels = [shape.numel() for shape in flat._shapes]
+        if flat._params is None:  # without `use_orig_params` the flat one is the only parameter
+            sizes[id(flat)] = sum(numels)
+            continue
+        sizes |= dict.fromkeys(map(id, flat._shared_params), 0)
+        sizes |= zip(map(id, flat._params), numels, strict=True)
+    return sizes
 
 
 def needs_all_processes(model: nn.Module) -> bool:

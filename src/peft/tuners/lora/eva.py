@@ -15,13 +15,15 @@ from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
 from ...base.validation import check_adapter
 from ...config import PeftConfig
 from ...core import plan as _plan
+from ...core.adapters import check_unsharded
 from ...core.base_layer import is_linear
 from ...core.tuner import BaseTuner
+from ...integrations.distributed import take_back
 from ...peft_model import PeftModel
 from .config import LoraConfig
 from .eva_ranks import put_directions
 from .eva_survey import Batch, Batches, LayerInputs, ModelInputs, Run, Survey, device_of
-from .layer import Linear
+from .layer import Linear, LoraLayer
 from .model import LoraModel
 
 __all__ = [
@@ -185,6 +187,7 @@ def initialize_lora_eva_weights(
     Raises:
         PeftValueError: The adapter is not for EVA, several are active, or neither data nor
             directions are given.
+        PeftRuntimeError: An engine has sharded the model.
 
     Example:
         >>> from peft import EvaConfig, LoraConfig, get_peft_model
@@ -216,6 +219,12 @@ def initialize_lora_eva_weights(
         raise PeftValueError(
             f"Adapter {adapter_name} is not for EVA; make it with `init_lora_weights='eva'`."
         )
+    tuner = model.base_model
+    if not isinstance(tuner, LoraModel):
+        raise PeftNotSupportedError("EVA is not supported for a model that mixes methods.")
+    take_back(model)
+    own = tuner.adapter_layers(adapter_name, LoraLayer)
+    check_unsharded(own, adapter_name, "start it by EVA")
     if eva_state_dict is None:
         if dataloader is None:
             raise PeftValueError("Pass a `dataloader`, or the `eva_state_dict` of an earlier run.")
@@ -231,9 +240,6 @@ def initialize_lora_eva_weights(
             show_progress_bar,
         )
     directions = {name.removeprefix(MODEL_ROOT): rows for name, rows in eva_state_dict.items()}
-    tuner = model.base_model
-    if not isinstance(tuner, LoraModel):
-        raise PeftNotSupportedError("EVA is not supported for a model that mixes methods.")
     with changing(model, [adapter_name]):
         put_directions(tuner, adapter_name, directions)
 

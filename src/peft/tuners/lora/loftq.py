@@ -16,7 +16,9 @@ from ...base.errors import CheckpointError, CheckpointNotFoundError, PeftValueEr
 from ...base.progress import track
 from ...base.validation import check_adapter
 from ...checkpoint.files import read_json
+from ...core.adapters import check_unsharded
 from ...core.weights import dense_weight, quantized_format
+from ...integrations.distributed import take_back
 from ...peft_model import PeftModel
 from .layer import Linear
 from .starts.loftq import loftq
@@ -81,6 +83,7 @@ def replace_lora_weights_loftq(
     Raises:
         PeftValueError: No layer of the adapter is quantized, or the place of the weights is not
             known.
+        PeftRuntimeError: An engine has sharded the model.
         CheckpointNotFoundError: There is no safetensors file.
         CheckpointError: The file lacks a weight, or it has another shape; nothing is changed.
 
@@ -99,6 +102,8 @@ def replace_lora_weights_loftq(
             f"No quantized layer has adapter {adapter_name}: load the base model in 4 or 8 bits, "
             "or use `init_lora_weights='loftq'` for a model in full precision."
         )
+    take_back(peft_model)
+    check_unsharded(layers, adapter_name, "start it by LoftQ")
     weights = _Weights(peft_model.get_base_model(), model_path)
     sizes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
     weights.check({f"{path}.weight": size for path, size in sizes.items()})

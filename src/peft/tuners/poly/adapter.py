@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from ...base.calls.running import changing
-from ...base.errors import PeftNotSupportedError, PeftRuntimeError, PeftValueError, warn
+from ...base.errors import PeftNotSupportedError, PeftValueError, warn
 from ...base.registry import PeftType
 from ...core.adapter_choice import named_or_active
+from ...core.adapters import check_unsharded
 from ...core.routing.task_ids import some_tasks
-from ...integrations.distributed import check_whole, is_sharded, take_back
+from ...integrations.distributed import check_whole, take_back
 from .layer import PolyLayer
 from .router import TaskRouter
 from .task_skills import TaskSkills
@@ -113,13 +114,7 @@ class PolyAdapter:
 
     def check_unsharded(self, action: str) -> None:
         """Check that no engine has sharded the tensors that an action, "add skills", replaces."""
-        for path, layer in self.layers.items():
-            tables = (table.closed_table for table in layer.task_tables(self.name))
-            skills = layer.poly_lora_A[self.name], layer.poly_lora_B[self.name]
-            if any(is_sharded(parameter) for parameter in (*skills, *tables)):
-                raise PeftRuntimeError(
-                    f"`{path}`: an engine has sharded adapter {self.name}; {action} before that."
-                )
+        check_unsharded(self.layers, self.name, action)
 
     def warn_if_frozen(self) -> None:
         """Warn if no parameter of the model trains."""

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ...base.calls.running import changing
-from ...base.errors import PeftRuntimeError, PeftValueError
+from ...base.errors import PeftValueError
 from ...core.adapter_choice import named_or_active
+from ...core.adapters import check_unsharded
 from ...core.tuner import BaseTuner
-from ...integrations.distributed import is_sharded, take_back
+from ...integrations.distributed import take_back
 from .config import RoutedConfig
 from .deltas import Experts
 from .layer import RoutedLayer
@@ -48,12 +49,7 @@ class RoutedAdapter:
         with changing(tuner):
             take_back(tuner)
             adapter = cls.of(tuner, adapter_name)
-            for path, layer in adapter.layers.items():
-                if any(map(is_sharded, layer.adapter_tensors(adapter.name))):
-                    raise PeftRuntimeError(
-                        f"`{path}`: an engine has sharded adapter {adapter.name}; change it before "
-                        "the model is sharded."
-                    )
+            check_unsharded(adapter.layers, adapter.name, "change it")
             with changing(tuner, [adapter.name]):
                 yield adapter
 
