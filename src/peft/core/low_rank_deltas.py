@@ -243,14 +243,14 @@ def _deltas(
     return deltas
 
 
-def check_has_deltas(adapter: str | os.PathLike[str], **hub_options: object) -> None:
+def check_has_deltas(adapter: str | os.PathLike[str]) -> None:
     """Check, by the config of a saved adapter alone, that its deltas are low-rank products.
 
     Raises:
         PeftNotSupportedError: It has weight decomposition (DoRA).
     """
     with _naming(adapter):
-        _check_undecomposed(PeftConfig.from_pretrained(adapter, **hub_options))
+        _check_undecomposed(PeftConfig.from_pretrained(adapter))
 
 
 def _check_products(layers: dict[str, BaseTunerLayer], adapter_name: str) -> None:

@@ -63,7 +63,8 @@ def unwrapped_name(name: str) -> str:
 
 def unwrap_model(model: T) -> T:
     """Return the model inside DataParallel, DistributedDataParallel and DeepSpeed's engine."""
-    engine: type = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", ())
+    library = sys.modules.get("deepspeed.runtime.engine")
+    engine = getattr(library, "DeepSpeedEngine", nn.DataParallel)
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, engine)):
         model = model.module
     return model
