@@ -132,9 +132,9 @@ def _warn_of_forwards(named: Mapping[str, BaseTunerLayer], layers: Set[BaseTuner
         )
     if with_more:
         warn(
-            f"`forward` does more than multiply by the weight in {listed(with_more)}, an activation "
-            "or a scale for example. It acts on a merged delta too, so outputs differ from those "
-            "of the unmerged adapter."
+            f"`forward` does more than multiply by the weight in {listed(with_more)}, by an "
+            "activation or a scale for example. It acts on a merged delta too, so outputs differ "
+            "from those of the unmerged adapter."
         )
 
 
