@@ -26,6 +26,10 @@ class AdapterContainer:
         """Take the memory that putting in an entry needs beside the entry itself."""
 
 
+class WeightFollower:
+    """Base class of modules around a layer whose weight another, adapted layer owns."""
+
+
 class AdapterModuleDict(AdapterContainer, nn.ModuleDict, Generic[M]):
     """Modules by adapter name."""
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..base.calls.adapter_batch import ADAPTER_BATCHES
+from ..base.containers import WeightFollower
 from .auxiliary import AuxiliaryTrainingWrapper
 
 
@@ -25,7 +26,7 @@ class Owner(Protocol):
         """Return what an adapter adds to the output of another layer with the same weight."""
 
 
-class Follower(AuxiliaryTrainingWrapper):
+class Follower(AuxiliaryTrainingWrapper, WeightFollower):
     """A layer that shares its weight with an adapted one, the owner.
 
     It adds the deltas of those of the owner's adapters that it follows: their parameters are the

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..base.containers import AdapterContainer, walk
+from ..base.containers import AdapterContainer, WeightFollower, walk
 from ..base.errors import warn
-from .followers import Follower
 
 _FLAG = "tie_word_embeddings"
 
@@ -57,7 +56,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     without layers that follow another's.
     """
     found: dict[int, list[str]] = {}
-    for path, module in walk(model, repeated=True, closed=(Follower,)):
+    for path, module in walk(model, repeated=True, closed=(WeightFollower,)):
         if not isinstance(module, AdapterContainer):
             for parameter in module._parameters.values():
                 found.setdefault(id(parameter), []).append(path)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.containers import walk
+from ..base.containers import WeightFollower, walk
 from ..base.errors import PeftNotSupportedError, warn
 from ..base.geometry import Geometry, Placement
 from ..base.tracing import numel
@@ -22,7 +22,6 @@ from .base_layer import embedding_geometry, geometry, innermost
 from .computed_weights import is_computed
 from .computed_weights import read as read_computed
 from .computed_weights import refuse as refuse_computed
-from .followers import Follower
 from .replication import shared_parameters
 from .tied_weights import can_tell, is_tied
 
@@ -129,7 +128,7 @@ def untied(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     users = Counter(
         id(p)
-        for _, module in walk(model, closed=(Follower,))
+        for _, module in walk(model, closed=(WeightFollower,))
         for p in module._parameters.values()
         if p is not None
     )
