@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ from .filling import fill_with
 from .injection import Construction, Fill, build_adapter, prepared, put_in
 from .layer import BaseTunerLayer
 from .merge_requests import check_merge_options, checked_names
-from .method import Method
+
+if TYPE_CHECKING:
+    from .method import Method
 
 C = TypeVar("C", bound=TargetedConfig)
 L = TypeVar("L", bound=BaseTunerLayer)

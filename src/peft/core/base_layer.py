@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +16,22 @@ from ..base.geometry import Geometry
 L = TypeVar("L", bound=nn.Module)
 
 _Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class AdaptedLayer(Protocol):
+    """The members of a layer with adapters that functions of its base weight use."""
+
+    geometry: Geometry
+
+    @property
+    def has_merges(self) -> bool:
+        """True if anything is merged into the base weight, by any layer around it."""
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters."""
+
+    def unmerged_weight(self) -> Tensor:
+        """Return the base weight without merged adapters."""
 
 
 def geometry(module: nn.Module) -> Geometry | None:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..base.geometry import Geometry, Placement
 from ..ops.low_rank import wide
-from .base_layer import conv_options, pad_input
-from .weights import AdaptedLayer
+from .base_layer import AdaptedLayer, conv_options, pad_input
 
 
 @dataclass(frozen=True)

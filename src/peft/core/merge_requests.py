@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ..base.errors import PeftNotSupportedError, PeftTypeError, warn
 from ..base.validation import check_adapter
-from .merges import MergeableLayer
+
+if TYPE_CHECKING:
+    from .merges import MergeableLayer
 
 
 def checked_names(adapter_names: Iterable[str]) -> list[str]:

@@ -20,7 +20,8 @@ from ..integrations.quantization import StorageFormat
 from ..ops import exact_merge
 from ..ops.exact_merge import Correction, Recipe, Written
 from . import dora
-from .weights import AdaptedLayer, base_weight, put_weight, quantized_format, stored_weight
+from .base_layer import AdaptedLayer
+from .weights import base_weight, put_weight, quantized_format, stored_weight
 
 T = TypeVar("T")
 
@@ -229,7 +230,7 @@ class Merges:
             self._written = Written(weight, is_final=False)
             layer.note_merges(self.names(layer))
 
-    def _recorded(self, layer: MergeableLayer) -> dict[str, dict[str, Any]]:
+    def _recorded(self, layer: MergeableLayer) -> dict[str, Options]:
         """Return a layer's merges as a state dict records them."""
         return {name: dict(options) for name, options in self.options(layer).items()}
 

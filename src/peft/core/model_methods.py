@@ -8,11 +8,12 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import nn
 
-from .adapted_model import AdaptedModel
+if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +31,7 @@ def forwarded(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
     return call
 
 
-def methods_of(tuner_cls: type[AdaptedModel[Any]]) -> Callable[[T], T]:
+def methods_of(tuner_cls: type[AdaptedModel]) -> Callable[[T], T]:
     """Register the decorated class as the methods that a model around a tuner of `tuner_cls` has.
 
     Example:
@@ -57,7 +58,7 @@ class _Combined(type):
 
 
 @cache
-def around(model_cls: type, tuner_cls: type[AdaptedModel[Any]]) -> type:
+def around(model_cls: type, tuner_cls: type[AdaptedModel]) -> type:
     """Return the subclass of a model's class, of the same name, with a tuner's `model_methods`."""
     methods = tuner_cls.model_methods
     if methods is None or issubclass(model_cls, methods):
@@ -87,4 +88,4 @@ def is_tuner(module: nn.Module | None) -> bool:
 def tuner_of(model: nn.Module) -> AdaptedModel | None:
     """Return the tuner of a `PeftModel`, None for any other model."""
     tuner = model._modules.get("base_model")
-    return cast(AdaptedModel, tuner) if is_tuner(tuner) else None
+    return cast("AdaptedModel", tuner) if is_tuner(tuner) else None

@@ -6,40 +6,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base.containers import WeightFollower, walk
 from ..base.errors import PeftNotSupportedError, warn
-from ..base.geometry import Geometry, Placement
+from ..base.geometry import Placement
 from ..base.tracing import numel
 from ..integrations import quantization
 from ..integrations.accelerate import execution_device
 from ..integrations.distributed import gathered_tensor, is_managed, is_unreadable, shard_like
-from .base_layer import embedding_geometry, geometry, innermost
+from .base_layer import AdaptedLayer, embedding_geometry, geometry, innermost
 from .computed_weights import is_computed
 from .computed_weights import read as read_computed
 from .computed_weights import refuse as refuse_computed
 from .replication import shared_parameters
 from .tied_weights import can_tell, is_tied
-
-
-class AdaptedLayer(Protocol):
-    """The members of a layer with adapters that functions of its base weight use."""
-
-    geometry: Geometry
-
-    @property
-    def has_merges(self) -> bool:
-        """True if anything is merged into the base weight, by any layer around it."""
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the layer below all adapters."""
-
-    def unmerged_weight(self) -> Tensor:
-        """Return the base weight without merged adapters."""
 
 
 def base_weight(layer: AdaptedLayer) -> Tensor:
