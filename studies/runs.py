@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -112,7 +114,7 @@ def go_on(
     end, seeds = time.monotonic() + 60 * minutes, list(seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         under_way: dict[Future[Record], Run] = {}
         while True:
             todo = [
@@ -133,6 +135,18 @@ def go_on(
                 print(f"{record['stage']} {record['arm']} seed {record['seed']} "
                       f"{record['options']}: {record['seconds']:.0f} s, "
                       f"{len(todo) + len(under_way)} runs to go", flush=True)  # fmt: skip
+
+
+def _end_with_parent() -> None:
+    """Let a worker end, and not wait for work forever, when the process that began it is killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _missing(
