@@ -17,6 +17,7 @@ from .base.calls.running import changing
 from .base.containers import modules_of
 from .base.errors import PeftTypeError, PeftValueError
 from .base.placeholders import placeholders
+from .base.temporary import Change, TemporaryValues
 from .config import PeftConfig
 from .core.layer import BaseTunerLayer
 from .peft_model import PeftModel
@@ -31,6 +32,10 @@ __all__ = [
 KappaTuneSelector: type
 MontecloraTrainerMixin: type
 find_kappa_target_modules: type
+
+# What contexts change: the scales by layer and adapter, the casts of inputs by layer.
+_SCALES: TemporaryValues[float] = TemporaryValues()
+_CASTING: TemporaryValues[bool] = TemporaryValues()
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists
     __getattr__ = placeholders(__name__)
@@ -157,18 +162,21 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise PeftValueError(
             "Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first."
         )
-    before: list[tuple[BaseTunerLayer, str, float]] = []
+    changes: list[tuple[BaseTunerLayer, str, Change[float]]] = []
     try:
-        with changing(model, None):
-            before += [(layer, k, float(v)) for layer in layers for k, v in layer.scaling.items()]
+        with changing(model, None), _SCALES.lock:
             for layer in layers:
                 layer.scaling = dict(layer.scaling)  # a caller may keep the old one to compare with
-            for layer, name, scale in before:
-                layer.hold_scale(name, scale * multiplier)
+                for name, scale in layer.scaling.items():
+                    change = _SCALES.begin((layer, name), float(scale), lambda s: s * multiplier)
+                    changes.append((layer, name, change))
+                    layer.hold_scale(name, change.change(change.before))
         yield
     finally:
-        with changing(model, None if before else (), patience=math.inf):  # the scales must return
-            for layer, name, scale in before:
+        # The scales must return.
+        with changing(model, None if changes else (), patience=math.inf), _SCALES.lock:
+            for layer, name, change in changes:
+                scale = _SCALES.end(change)
                 if name in layer.scaling:
                     layer.hold_scale(name, scale)
 
@@ -183,14 +191,18 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         active: False changes nothing.
     """
     layers = [layer for _, layer in modules_of(model, BaseTunerLayer)] if active else []
-    before = [layer.cast_input_dtype_enabled for layer in layers]
+    changes: list[tuple[BaseTunerLayer, Change[bool]]] = []
     try:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = False
+        with _CASTING.lock:
+            for layer in layers:
+                change = _CASTING.begin(layer, layer.cast_input_dtype_enabled, lambda _: False)
+                changes.append((layer, change))
+                layer.cast_input_dtype_enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.cast_input_dtype_enabled = enabled
+        with _CASTING.lock:
+            for layer, change in changes:
+                layer.cast_input_dtype_enabled = _CASTING.end(change)
 
 
 def _update(model: nn.Module, name: str) -> None:

@@ -5,10 +5,8 @@ removed.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +25,7 @@ from .base.placeholders import placeholders
 from .base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, TaskType, lookup
 from .base.validation import check_flags
 from .config import PeftConfig, check_config
-from .core import loading, saving
+from .core import loading, saving, switching
 from .core.adapted_model import AdaptedModel
 from .core.filling import copy_fill
 from .core.injection import Construction, Fill
@@ -376,24 +374,12 @@ class PeftModel(nn.Module):
         """
         self.base_model.set_adapter(adapter_name, inference_mode)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model runs without adapters, and all of them are frozen."""
-        states = {layer.disable_adapters for layer in self.base_model.tuner_layers()}
-        if states == {True}:
-            yield
-            return
-        if len(states) > 1:
-            warn(
-                "The model contains some adapter layers that are enabled and others that are "
-                "disabled. All of them will be enabled at the end of the `disable_adapter` context."
-            )
-        self.base_model.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            with changing(self, None, patience=math.inf):  # the adapters must not stay off
-                self.base_model.enable_adapter_layers()
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the model runs without adapters, and all of them are frozen.
+
+        Contexts of several threads may overlap: the adapters are off until the last one ends.
+        """
+        return switching.without_adapters(self.base_model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, the first of the others by name becomes

@@ -396,7 +396,7 @@ class Images(nn.Module):
 def test_what_nothing_tells_of_is_refused(method):
     """And the next call that is plain goes on."""
     model, x = adapted(Images(), method, ["tower", "head"]), torch.randn(4, 16).double()
-    for images in (1, 3, 4, 6):
+    for images in (1, 3, 4, 6, 10):  # the last as many as tokens
         with pytest.raises(
             ValueError,
             match=rf"^tower sees an input of shape \[{images}, 16\] in a call of 2 samples",

@@ -22,7 +22,7 @@ from peft.base.errors import PeftRuntimeError, PeftValueError
 from peft.checkpoint import hotswap
 from peft.core import loading
 from peft.core.low_rank_deltas import loaded_deltas
-from peft.helpers import rescale_adapter_scale
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
 X = torch.linspace(-1, 1, 16).reshape(2, 8)
@@ -527,3 +527,43 @@ def test_a_forked_process_has_its_own_thread_alone(model, saved):
         halted.released.set()
     assert os.waitstatus_to_exitcode(status) == 0
     assert model.active_adapters == ["a"]
+
+
+def test_adapters_are_off_until_the_last_of_two_contexts_ends(saved):
+    """Contexts of two threads, or of two coroutines, need not be nested."""
+    model = copy.deepcopy(saved.model)
+    model.set_adapter("a")
+
+    def output():
+        with torch.no_grad():
+            return model(X, **saved.method.call)
+
+    first, second, inner = (model.disable_adapter() for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(output(), base()(X))
+    assert not any(p.requires_grad for p in model.parameters())
+    with inner, rescale_adapter_scale(model, 2.0):
+        second.__exit__(None, None, None)
+        torch.testing.assert_close(output(), base()(X))
+    torch.testing.assert_close(output(), saved.alone["a"])
+
+
+@one_method
+def test_scales_and_casts_return_whichever_context_ends_first(model, saved):
+    layer = model.base_model.model[0]
+    half, third = rescale_adapter_scale(model, 0.5), rescale_adapter_scale(model, 3.0)
+    casts = [disable_input_dtype_casting(model), disable_input_dtype_casting(model)]
+    before = dict(layer.scaling)
+    for context in (half, third, *casts):
+        context.__enter__()
+    assert layer.scaling == {name: 1.5 * scale for name, scale in before.items()}
+    half.__exit__(None, None, None)
+    casts[0].__exit__(None, None, None)
+    assert layer.scaling == {name: 3.0 * scale for name, scale in before.items()}
+    assert not layer.cast_input_dtype_enabled
+    third.__exit__(None, None, None)
+    casts[1].__exit__(None, None, None)
+    assert layer.scaling == before
+    assert layer.cast_input_dtype_enabled

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before the adapters of a model are switched, and the removal of one."""
+"""Checks before the adapters of a model are switched, a context without them, and the removal of
+one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeAlias
 
 from torch import nn
 
+from ..base.calls.running import changing
 from ..base.errors import PeftTypeError, PeftValueError, warn
+from ..base.temporary import Change, TemporaryValues
 from ..base.validation import check_adapter
 from ..integrations.distributed import take_back
 from .adapters import AdapterParameterDict
@@ -20,6 +26,57 @@ Part: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 
 Shared = Collection[AdapterParameterDict]
 """The containers of parameters that all layers share."""
+
+
+class _Switchable(Protocol):
+    """A tuner, whose adapters can be switched off."""
+
+    def tuner_layers(self) -> Iterable[BaseTunerLayer]: ...
+
+    def enable_adapter_layers(self) -> None: ...
+
+    def disable_adapter_layers(self) -> None: ...
+
+
+# Whether a tuner's adapters are switched on.
+_ENABLED: TemporaryValues[bool] = TemporaryValues()
+
+
+@contextmanager
+def without_adapters(tuner: _Switchable) -> Iterator[None]:
+    """Context in which a model runs without adapters; see `PeftModel.disable_adapter`."""
+    disabled = _disabled(tuner)
+    try:
+        yield
+    finally:
+        with changing(tuner, None, patience=math.inf):  # the adapters must not stay off
+            if _ENABLED.end(disabled):
+                tuner.enable_adapter_layers()
+
+
+def _disabled(tuner: _Switchable) -> Change[bool]:
+    """Switch the adapters off, unless they are, and note it."""
+
+    def states() -> set[bool]:
+        return {layer.disable_adapters for layer in tuner.tuner_layers()}
+
+    with _ENABLED.lock:  # nothing changes: inside a call it need not wait for changes of others
+        if _ENABLED.is_changed(tuner) and states() == {True}:
+            return _ENABLED.begin(tuner, False, _off)
+    with changing(tuner):
+        found = states()
+        if len(found) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. All of them will be enabled at the end of the `disable_adapter` context."
+            )
+        if found != {True}:
+            tuner.disable_adapter_layers()
+        return _ENABLED.begin(tuner, found != {True}, _off)
+
+
+def _off(_: bool) -> bool:
+    return False
 
 
 def to_change(model: nn.Module, parts: Iterable[Part]) -> list[Part]:

@@ -242,7 +242,19 @@ class CallRows:
             owners = self._in_blocks(second, x.device)
             if owners is not None:
                 return owners._replace(sequence_first=True)
-        return IN_ORDER if first == 0 else self._flattened(first, x.device, counts)
+        if first == 0:
+            return IN_ORDER
+        is_packed = second is None and self._is_packed(first)
+        return None if is_packed else self._flattened(first, x.device, counts)
+
+    def _is_packed(self, rows: int) -> bool:
+        """Return True if `rows` are those of an argument in which samples have any number of rows,
+        as patches of images of several sizes, or several images a sample.
+        """
+        return self.batch_dim == 0 and any(
+            s.is_floating and len(s.sizes) > 1 and s.sizes[0] == rows != self.rows
+            for s in self.shapes
+        )
 
     def _flattened(
         self, rows: int, device: torch.device, counts: Iterable[int]
