@@ -724,12 +724,12 @@ def test_a_config_is_made_of_a_command_line():
     assert parser.parse_dict(fields)[0] == PolyConfig(**fields)
     assert "--routing {learned,fixed}" in parser.format_help()
     chosen = {"r": 2, "layers_to_transform": [0, 1], "trainable_token_indices": [5]}
-    line = "--r 2 --layers_to_transform 0 1 --trainable_token_indices 5 --target_modules .*proj"
+    line = "--r 2 --layers_to_transform 0 1 --layers_pattern h --trainable_token_indices 5"
     for kind in (LoHaConfig, LoKrConfig, LoraConfig, VBLoRAConfig):
         parser = HfArgumentParser(kind)
         assert parser.parse_args_into_dataclasses([])[0] == kind()
         found = parser.parse_args_into_dataclasses(line.split())[0]
-        assert found == kind(target_modules=".*proj", **chosen)
+        assert found == kind(layers_pattern="h", **chosen)
         assert "--layers_to_transform" in parser.format_help()
     found = HfArgumentParser(LoKrConfig).parse_args_into_dataclasses(["--init_weights", "lycoris"])
     assert found[0] == LoKrConfig(init_weights="lycoris")
