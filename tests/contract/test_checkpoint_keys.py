@@ -24,7 +24,7 @@ from peft.checkpoint.keys import (
     is_embedding,
     tied_embeddings,
 )
-from peft.checkpoint.renamed_modules import plain_modules, plain_path, split_key
+from peft.checkpoint.renamed_modules import ModuleNames, plain_modules, plain_path, split_key
 
 FACTORS = ["lora_A", "lora_B"]
 # By the name in the model, the key of adapter "x" whose layers share "bank".
@@ -206,6 +206,7 @@ def test_modules_by_plain_path_are_the_outermost():
     model = get_peft_model(base, LoraConfig(target_modules=["0"])).get_base_model()
     found = plain_modules(model)
     assert found["0"] is model[0] and found["2"] is model[2] and found[""] is model
+    assert [ModuleNames(model).now(path) for path in ("0", "2", "3")] == ["0", "2", None]
 
 
 def test_keys_of_any_program_by_module():

@@ -4,6 +4,7 @@ compiled models.
 """
 
 import copy
+import warnings
 from contextlib import nullcontext
 from threading import Event, Thread
 
@@ -333,7 +334,8 @@ def test_preparing_a_model_asks_for_adapters_and_no_compilation(model):
         prepare_model_for_compiled_hotswap(compiled)
     with pytest.warns(UserWarning, match="compiled already"):
         prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
-    prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
+    with warnings.catch_warnings(action="error"):
+        prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
     with pytest.raises(ValueError, match="must be one of"):
         prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
     model.base_model.model[2].compile(backend="eager")  # in regions

@@ -114,3 +114,32 @@ def test_a_form_that_is_for_inference_is_not_loaded_for_training(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         base().load_adapter(tmp_path, is_trainable=True)
+
+
+def test_rules_for_stacks_of_experts():
+    """Patterns may be expressions. The layer of the last stack of a module is the outermost."""
+    experts, join = r"mlp\.experts", [loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)]
+    sources = [f"{experts}.*.{name}.weight" for name in ("w1", "w3", "w2")]
+    own = [
+        loading.WeightConverter(sources[:2], f"{experts}.gate_up_proj", join),
+        loading.WeightConverter(sources[2:], f"{experts}.down_proj", join[:1]),
+        loading.WeightConverter([r"other\.*.w2.weight"], r"other\.down_proj", join[:1]),
+    ]
+    for targets, around in (
+        (["w1", "w2", "w3"], 1), (["experts.0.w2"], 1), (["w1", "w3"], 0), (r".*\.(w1|w2)", 1),
+        (r".*\.(w1|w3|w22)", 0), (["2"], 0),
+    ):  # fmt: skip
+        config = peft.LoraConfig(target_modules=targets)
+        found = build_peft_weight_mapping(own, "x", config)
+        made = [rule for rule in found if isinstance(rule, loading.WeightConverter)][:-3]
+        ends = ("lora_A.x.weight", "lora_B.x.weight")
+        assert [rule.target_patterns for rule in made] == [
+            [f"mlp.experts{'.base_layer' * around}.{end}" for end in ends],
+            [f"mlp.experts.{end}" for end in ends],
+            [f"other.{end}" for end in ends],
+        ]
+        assert [rule.source_patterns for rule in made] == [
+            [f"mlp.experts.*.{name}.{end}" for name in ("w1", "w3") for end in ends],
+            [f"mlp.experts.*.w2.{end}" for end in ends],
+            [f"other.*.w2.{end}" for end in ends],
+        ]

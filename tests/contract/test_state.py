@@ -9,6 +9,7 @@ import io
 
 import pytest
 import torch
+from helpers.methods import METHODS
 from helpers.models import TARGETS, llama, mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -732,3 +733,14 @@ def test_an_adapted_embedding_is_saved_with_its_adapter(target, tmp_path):
     assert not any("base_layer" in key for key in get_peft_model_state_dict(
         model, save_embedding_layers=False
     ))  # fmt: skip
+
+
+def test_a_compact_state_is_for_inference(tmp_path):
+    """VB-LoRA's largest logits alone can't be trained; it is said when they are loaded."""
+    config = METHODS["VBLORA"].config(target_modules=TARGETS, save_only_topk_weights=True)
+    get_peft_model(mlp(), config).save_pretrained(tmp_path)
+    model = get_peft_model(mlp(), config)
+    with pytest.warns(UserWarning, match="trainable but was loaded from a compact file"):
+        set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path))
+    with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+        model.train()(torch.randn(3, 8))

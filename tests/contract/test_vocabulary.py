@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from helpers.experts import mixture
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
@@ -113,12 +114,19 @@ def test_a_model_without_a_head_has_a_table():
     assert model.asked == [(12, False)]
 
 
+def test_former_modules_of_the_model_do_not_matter():
+    model, root = mixture("mixtral"), f"{ROOT}model."
+    expert = f"{root}layers.0.block_sparse_moe.experts.0.w1.weight"
+    fit_vocabulary(model, {expert: (24, 16), f"{root}embed_tokens.weight": (70, 16)}, {})
+    assert model.get_input_embeddings().weight.shape == (70, 16)
+
+
 @pytest.mark.parametrize("error", [NotImplementedError, AttributeError])
 def test_a_model_that_has_no_table_is_left_alone(error):
     def fail():
         raise error
 
-    shapes = {"shared.weight": (12, 4)}
+    shapes = {"shared.weight": (12, 4), "lm_head.weight": (12, 4)}
     for name, value in (
         ("get_input_embeddings", fail),
         ("get_output_embeddings", fail),

@@ -719,10 +719,39 @@ def test_packs_are_read_if_they_changed(lora, tmp_path, monkeypatch):
     library.remove("u/a")
     library.remove("u/b", delete_files=True)
     assert library.names == ["u/c"]
+    left = library.left_out
     with monkeypatch.context() as patch:
         patch.setattr(refreshing, "AdapterPack", None)
-        assert not library.refresh() and AdapterLibrary(folder).names == ["u/c"]
+        again = AdapterLibrary(folder)
+        assert not library.refresh() and again.names == ["u/c"]
+        assert again.left_out == library.left_out == left
     with AdapterPack(path) as pack:  # what was deleted may come again, what was removed stays away
         pack.update(add={"b": lora / "b", "a": lora / "c", "new": lora / "a"}).close()
-    assert library.refresh() == (["u/b", "u/new"], ["u/c"], [], [])
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:  # what may be read later
+        patch.setattr(refreshing, "AdapterPack", fail)
+        with pytest.warns(UserWarning, match="can't be read: Input/output error"):
+            assert library.refresh().dropped == ["u/c"]
+    assert library.refresh() == (["u/b", "u/c", "u/new"], [], [], [])
     assert library.load("u/new").tensors and len(library.left_out) == 1
+
+
+def test_a_pack_is_opened_once_for_all_its_members(lora, tmp_path, monkeypatch):
+    path = tmp_path / "u.adapters.safetensors"
+    AdapterPack.write(path, {name: lora / name for name in "abc"}).close()
+    library, opened = AdapterLibrary(tmp_path, max_bytes=0), []
+
+    def noted(file):
+        opened.append(file)
+        return AdapterPack(file)
+
+    monkeypatch.setattr(reading, "AdapterPack", noted)
+    for name in ("u/a", "u/b", "u/a"):
+        assert library.load(name).tensors
+    assert opened == [path]
+    with AdapterPack(path) as pack:
+        pack.update(remove=["b"]).close()
+    assert library.load("u/c").tensors and opened == [path, path]

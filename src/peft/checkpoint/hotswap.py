@@ -323,7 +323,8 @@ class _Swap:
             key: tensor for key, tensor in adapter.tensors(True).items() if key in incoming
         }
         old = {**adapter.tensors(), **embeddings}
-        new = adapter_tensors(self._described(), self.config, self.new_name)
+        named = ((adapter.root + name, tensor) for name, tensor in self.build.named_tensors())
+        new = adapter_tensors(named, self.config, self.new_name)  # what the new config describes
         groups: dict[str, list[str]] = {}
         for key in dict.fromkeys((*old, *new)):
             position = adapter.position(key)
@@ -362,13 +363,6 @@ class _Swap:
         return all(self.adapter.padding(key) is not None for key in keys) and not any(
             list(m.buffers()) for m in modules
         )
-
-    def _described(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that the new config describes, with names as in the model."""
-        root = self.adapter.root
-        for name, tensor in self.build.named_tensors():
-            is_shared = name.partition(".")[0] in self.build.shared
-            yield (ROOT if is_shared and root else root) + name, tensor
 
     def _difference(
         self, key: str, old: Tensor | None, new: Tensor | None, value: Tensor | None

@@ -55,8 +55,6 @@ class AdapterLayer(Protocol):
 class AdapterBuild(Protocol):
     """An adapter that is complete but not in the model."""
 
-    shared: Mapping[str, nn.Parameter]
-
     def all_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the adapter's layers with their paths in a file."""
 

@@ -124,7 +124,7 @@ def _copy(folder: Path, weights: str, root: Path, target: Path) -> None:
 def _write_synced(path: Path, source: BinaryIO) -> None:
     """Write a file that is on the disk when this returns."""
     with open(path, "wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
+        shutil.copyfileobj(source, file)
         file.flush()
         sync(file.fileno())
 
