@@ -126,7 +126,7 @@ def test_rules_for_stacks_of_experts():
         loading.WeightConverter([r"other\.*.w2.weight"], r"other\.down_proj", join[:1]),
     ]
     for targets, around in (
-        (["w1", "w2", "w3"], 1), (["experts.0.w2"], 1), (["w1", "w3"], 0), (r".*\.(w1|w2)", 1),
+        (["w1", "w2", "w3"], 1), (["mlp.experts.0.w2"], 1), (["w1", "w3"], 0), (r".*\.(w1|w2)", 1),
         (r".*\.(w1|w3|w22)", 0), (["2"], 0),
     ):  # fmt: skip
         config = peft.LoraConfig(target_modules=targets)
