@@ -208,3 +208,16 @@ def test_a_second_adapter_is_told_the_same(method):
     assert [path for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)] == [
         f"base_model.model.{t}" for t in TARGETS
     ]
+
+
+def test_a_whole_module_is_named_by_the_end_of_any_path():
+    """As in the interface: the head of DistilBERT is `pre_classifier` and `classifier`, both of which
+    start at random.
+    """
+    base = torch.nn.Sequential()
+    for name in ("lin", "pre_classifier", "classifier"):
+        base.add_module(name, torch.nn.Linear(4, 4))
+    config = peft.LoraConfig(target_modules=["lin"], task_type="SEQ_CLS")
+    state = peft.get_peft_model_state_dict(peft.get_peft_model(base, config))
+    root = "base_model.model."
+    assert {f"{root}pre_classifier.weight", f"{root}classifier.weight"} < state.keys()

@@ -248,7 +248,8 @@ def _trainable_copies(
     names = config.modules_to_save
     if not names:
         return {}
-    found = {path: m for path, m in modules.items() if _targets.named(set(names), path)}
+    # As in the interface, a name is the end of any path: "classifier" means `pre_classifier` too.
+    found = {path: m for path, m in modules.items() if path.endswith(tuple(names))}
     outermost = {
         p: m
         for p, m in found.items()
