@@ -194,7 +194,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "names"), FILTERS, ids=str)
+@pytest.mark.parametrize(("asked", "names"), FILTERS, ids=[str(n) for n in range(len(FILTERS))])
 def test_a_filter_asks_for_all_that_is_given(asked, names):
     assert chosen(**asked) == names
 
