@@ -373,3 +373,26 @@ def test_former_names_of_modules():
     found = names_in_files(text)
     assert {path: found[path] for path in paths} == {path: f"text_model.{path}" for path in paths}
     assert names_in_files(llava()) == {}
+
+
+def test_a_name_of_before_that_chose_nothing_chooses_nothing_when_it_is_loaded(tmp_path):
+    """A new adapter may name modules by what an earlier version called them, as old examples do:
+    they match nothing, and its file has nothing for them.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    def made():
+        torch.manual_seed(0)
+        return ViTModel(ViTConfig(**IMAGE, num_channels=1)).eval()
+
+    config = LoraConfig(r=2, target_modules=["query", "fc1"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="no such module; it adapts 'fc1' only"):
+        model = get_peft_model(made(), config).eval()
+    assert all("fc1" in path for path in model.targeted_module_names)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made(), tmp_path)
+    pixels = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(
+        loaded(pixels).last_hidden_state, model(pixels).last_hidden_state, rtol=0, atol=1e-6
+    )
+    assert loaded.targeted_module_names == model.targeted_module_names

@@ -287,7 +287,9 @@ class AdaptedModel(nn.Module, Generic[C]):
         with changing(self, [adapter_name]), prepared(method := self.method_of(config), config):
             # Clients that load a file by themselves inject a frozen adapter first.
             is_new = fill is None and construction.device is None and not config.inference_mode
-            plan = _plan.make(method, adapter_name, config, state_dict, is_new=is_new)
+            plan = _plan.make(
+                method, adapter_name, config, state_dict, is_new=is_new, is_filled=fill is not None
+            )
             build = build_adapter(method, plan, construction)
             if fill is not None:
                 fill(build)
@@ -300,10 +302,6 @@ class AdaptedModel(nn.Module, Generic[C]):
         self.add_adapter(adapter_name, config, Construction(initialize=False), fill=fill)
 
     add_weighted_adapter = combining.add_weighted_adapter
-
-    def module_paths(self) -> list[str]:
-        """Return the paths of the base model's modules, as they are without adapters."""
-        return list(_plan.own_modules(self.model))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, the active one; others are frozen.

@@ -178,7 +178,7 @@ class DeltaReader:
         with ordinary_tensors():
             config = config.for_adapter()
             config.inference_mode = True
-            plan = _plan.make(tuner, _NAME, config, is_new=False)
+            plan = _plan.make(tuner, _NAME, config, is_new=False, is_filled=True)
             if not self.deltas_only:
                 whole = [f"`{path}`" for path in plan.trainable_copies]
                 _check_only_deltas(whole, plan.tokens.indices, config.trained_biases)

@@ -120,6 +120,7 @@ def make(
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     is_new: bool = True,
+    is_filled: bool = False,
 ) -> Plan[C]:
     """Decide which modules an adapter gets, and check all of them.
 
@@ -130,6 +131,8 @@ def make(
         state_dict: Adapt the modules that this checkpoint has parameters for.
         is_new: Warn of names in the config that match no module. An adapter that a checkpoint fills
             needs no such warning: the checkpoint either fits or is refused.
+        is_filled: A checkpoint fills it, whose keys have given the config modules' present names
+            where they needed it. Otherwise a config of a file gets them here.
 
     Raises:
         PeftValueError: The name or the config can't be used.
@@ -137,7 +140,8 @@ def make(
         UnsupportedModuleError: Modules are targeted that the method can't adapt; all are named.
     """
     config.validate()
-    vars(config).update(vars(config_of_now(config, tuner.model)))
+    if not is_filled:
+        vars(config).update(vars(config_of_now(config, tuner.model)))
     found = tuner.complete(config)
     check_name(adapter_name, tuner.peft_config)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type or "", "")

@@ -123,6 +123,6 @@ def inspect_matched_modules(
     assert isinstance(adapted, AdaptedModel)
     if adapter_name not in adapted.peft_config:
         raise PeftValueError(no_adapter(adapter_name, adapted.peft_config))
-    config, paths = adapted.peft_config[adapter_name], adapted.module_paths()
+    config, paths = adapted.peft_config[adapter_name], list(own_modules(adapted.model))
     matched = [path for path in paths if check_target_module_exists(config, path)]
     return {"matched": matched, "unmatched": [path for path in paths if path not in set(matched)]}
