@@ -148,7 +148,7 @@ def test_adapters_of_different_base_models_are_refused(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_contents_of_a_file_are_those_of_the_adapter(method, tmp_path):
-    model = saved(method, tmp_path, modules_to_save=["norm"])
+    model = saved(method, tmp_path, modules_to_save=["model.norm"])
     contents = peft.inspect_adapter(tmp_path)
     state = peft.get_peft_model_state_dict(model)
     assert contents.methods == [method] and contents.problems == []
