@@ -29,6 +29,7 @@ from .base.validation import (
     choice,
     is_int,
     layer_selection,
+    module_names,
     name_list,
     name_patterns,
     number,
@@ -425,7 +426,7 @@ class TargetedConfig(PeftConfig):
         yield from super()._problems()
         for name in ("target_modules", "exclude_modules"):
             yield from name_patterns(name, getattr(self, name))
-        yield from name_list("modules_to_save", self.modules_to_save)
+        yield from module_names("modules_to_save", self.modules_to_save)
         yield from name_list("target_parameters", self.target_parameters)
         yield from token_indices("trainable_token_indices", self.trainable_token_indices)
         if "layers_to_transform" in self.__dataclass_fields__:

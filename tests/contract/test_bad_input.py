@@ -45,6 +45,11 @@ CONFIGS = [
     (PolyConfig, {"target_modules": "(["}, "not a valid regular expression"),
     (PolyConfig, {"target_modules": 3}, "`target_modules`=3"),
     (PolyConfig, {"modules_to_save": "head"}, "`modules_to_save`='head' must be a list"),
+    (
+        PolyConfig,
+        {"modules_to_save": ["head", ""]},
+        "`modules_to_save`=['head', ''] has an empty name",
+    ),
     (VBLoRAConfig, {"r": 0}, "`r`=0"),
     (VBLoRAConfig, {"num_vectors": 0}, "`num_vectors`=0"),
     (VBLoRAConfig, {"vector_length": 0}, "`vector_length`=0"),

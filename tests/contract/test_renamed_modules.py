@@ -148,6 +148,13 @@ CASES = {
             "modules_to_save": ["language_model.lm_head", "multi_modal_projector"],
         },
     ),
+    "a whole module by the end of a name": (
+        llava,
+        {"input_ids": IDS},
+        LLAVA,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["model.lm_head"]},  # of language_model.lm_head
+    ),
     "rows of an embedding": (
         qwen2_vl,
         {"input_ids": IDS},

@@ -3,6 +3,7 @@
 probably meant; not said of files.
 """
 
+import copy
 import re
 import warnings
 
@@ -217,7 +218,10 @@ def test_a_whole_module_is_named_by_the_end_of_any_path():
     base = torch.nn.Sequential()
     for name in ("lin", "pre_classifier", "classifier"):
         base.add_module(name, torch.nn.Linear(4, 4))
-    config = peft.LoraConfig(target_modules=["lin"], task_type="SEQ_CLS")
-    state = peft.get_peft_model_state_dict(peft.get_peft_model(base, config))
-    root = "base_model.model."
-    assert {f"{root}pre_classifier.weight", f"{root}classifier.weight"} < state.keys()
+    for options in ({"task_type": "SEQ_CLS"}, {"modules_to_save": ["fier"]}):
+        config = peft.LoraConfig(target_modules=["lin"], **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the names are found
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+        state, root = peft.get_peft_model_state_dict(model), "base_model.model."
+        assert {f"{root}pre_classifier.weight", f"{root}classifier.weight"} < state.keys()

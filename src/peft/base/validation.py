@@ -83,6 +83,13 @@ def name_list(name: str, value: object) -> Iterator[str]:
         yield f"`{name}`={value!r} must be a list of strings or None."
 
 
+def module_names(name: str, value: object) -> Iterator[str]:
+    """Require a collection of names, none of them empty, or None."""
+    yield from name_list(name, value)
+    if isinstance(value, (list, tuple, set)) and "" in value:
+        yield f"`{name}`={value!r} has an empty name, which would stand for every module."
+
+
 def name_patterns(name: str, value: object) -> Iterator[str]:
     """Require a regular expression, a collection of names, or None."""
     if isinstance(value, str):

@@ -249,11 +249,7 @@ def _trainable_copies(
     config: TargetedConfig, modules: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
     """Return the modules of `modules_to_save` by path; raise for containers without a forward."""
-    names = config.modules_to_save
-    if not names:
-        return {}
-    # As in the interface, a name is the end of any path: "classifier" means `pre_classifier` too.
-    found = {path: m for path, m in modules.items() if path.endswith(tuple(names))}
+    found = {p: m for p, m in modules.items() if _targets.saved(config.modules_to_save, p)}
     outermost = {
         p: m
         for p, m in found.items()

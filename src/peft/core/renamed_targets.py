@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,9 +19,11 @@ from ..integrations.distributed import unwrapped_name
 from .adapted_parameters import parameter_names
 from .base_layer import innermost
 from .fused_targets import config_with_stacks, with_stacks
-from .targets import any_layer, exactly, layer_choice, named, pattern_value, select, starts
+from .targets import any_layer, exactly, layer_choice, named, pattern_value, saved, select, starts
 
 C = TypeVar("C", bound=TargetedConfig)
+# A rule by which names match the module at a path.
+Match: TypeAlias = Callable[[list[str], str], bool]
 
 
 def renamed_config(
@@ -36,8 +38,8 @@ def renamed_config(
         return config
     result = copy.copy(config)
     own = {old: renamed[old] for old in layers}
-    whole = result.modules_to_save = _saved(config.modules_to_save, paths, renamed)
-    rest = [path for path in paths if not any(named(whole, path[:i]) for i in _ends(path))]
+    whole = result.modules_to_save = _present(config.modules_to_save, saved, paths, renamed)
+    rest = [path for path in paths if not any(saved(whole, path[:i]) for i in _ends(path))]
     if own and set(_selected(config, rest)) != set(own.values()):
         names, result.exclude_modules = exactly(own.values(), paths)
         result.target_modules = set(names)
@@ -53,7 +55,7 @@ def renamed_config(
         result.trainable_token_indices = {
             new: value
             for name, value in tokens.items()
-            for new in _saved([name], paths, renamed) or [name]
+            for new in _present([name], named, paths, renamed) or [name]
         }
     return result
 
@@ -103,13 +105,17 @@ def config_of_now(config: C, model: nn.Module) -> C:
     if config.source is None:
         return config
     names = ModuleNames(model)
-    lost, beside = _lost_targets(config.target_modules, names.paths), _companions(config)
-    beside = [name for name in beside if not any(named([name], path) for path in names.paths)]
+    lost = _lost_targets(config.target_modules, names.paths)
+    beside = [
+        (name, match)
+        for name, match in _companions(config)
+        if not any(match([name], path) for path in names.paths)
+    ]
     if not (lost or beside) or not (before := names.before()):
         return config
     known = {before.get(path, path): path for path in names.paths}
     chosen = [old for old in _selected(config, known) if named(lost, old)]
-    if not chosen and not any(_meant(name, known) for name in beside):
+    if not chosen and not any(_meant(*name, known) for name in beside):
         return config
     moved = {known[old] for old in chosen}
     others = {path: path for path in _selected(config, names.paths) if path not in moved}
@@ -127,10 +133,11 @@ def _lost_targets(
     return set(targets).difference(path[i:] for path in paths for i in starts(path))
 
 
-def _companions(config: TargetedConfig) -> list[str]:
-    """Return the names of modules that a config trains beside its layers, in full or by rows."""
+def _companions(config: TargetedConfig) -> Iterator[tuple[str, Match]]:
+    """Yield the names of modules that a config trains beside its layers, in full or by rows."""
+    yield from ((name, saved) for name in config.modules_to_save or ())
     tokens = config.trainable_token_indices
-    return [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
+    yield from ((name, named) for name in (tokens if isinstance(tokens, dict) else ()))
 
 
 def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
@@ -140,26 +147,26 @@ def _selected(config: TargetedConfig, paths: Iterable[str]) -> list[str]:
     return select(paths, targets, config.exclude_modules, *layer_choice(config))
 
 
-def _saved(
-    names: list[str] | None, paths: Collection[str], renamed: Mapping[str, str]
+def _present(
+    names: list[str] | None, match: Match, paths: Collection[str], renamed: Mapping[str, str]
 ) -> list[str] | None:
     """Return names of modules, those that match no module replaced by present paths."""
     if names is None or is_empty(names):
         return names
     result: dict[str, None] = {}
     for name in names:
-        meant = [] if any(named([name], path) for path in paths) else _meant(name, renamed)
+        meant = [] if any(match([name], path) for path in paths) else _meant(name, match, renamed)
         result.update(dict.fromkeys(meant or [name]))
     return list(result)
 
 
-def _meant(name: str, renamed: Mapping[str, str]) -> list[str]:
+def _meant(name: str, match: Match, renamed: Mapping[str, str]) -> list[str]:
     """Return the present paths of renamed modules that a name matched, and of modules around."""
     found = []
     for old, new in renamed.items():
         for end in _ends(old):
             inner = old[end:]
-            if named([name], old[:end]) and new.endswith(inner):
+            if match([name], old[:end]) and new.endswith(inner):
                 found.append(new[: len(new) - len(inner)])
     return found
 

@@ -35,6 +35,14 @@ def named(names: str | Collection[str] | None, path: str) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
+def saved(names: Iterable[str] | None, path: str) -> bool:
+    """Return whether `names` in `modules_to_save` match the module at `path`, by any end of it.
+
+    So it is in the interface: "classifier" means `pre_classifier` too.
+    """
+    return path.endswith(tuple(names or ()))
+
+
 def is_inside(path: str, outer: str) -> bool:
     """Return whether a module is the one at the path `outer`, or inside it."""
     return path == outer or path.startswith(f"{outer}.")

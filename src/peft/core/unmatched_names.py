@@ -132,6 +132,8 @@ def warn_of_unused(
         if not names:
             continue
         absent = unused(names, paths)
+        if field == "modules_to_save":
+            absent = [name for name in absent if not any(_targets.saved([name], p) for p in paths)]
         idle = [name for name in absent if field != "modules_to_save" or name not in _HEADS]
         rest = [] if isinstance(names, str) else sorted(set(names).difference(absent))
         if field == "exclude_modules" and not any(_targets.named(names, path) for path in paths):
