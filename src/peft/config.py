@@ -147,7 +147,7 @@ class PeftConfig:
         for name in self.patterns:
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, parse_patterns(getattr(self, name), vars(self)["_is_new"]))
-        problems = list(self._problems())
+        problems = list(self._problems()) or list(self._contradictions())
         for name in saved:
             odd = next(unwritable(getattr(self, name)), None)
             if odd is not None and not any(f"`{name}`" in problem for problem in problems):
@@ -167,6 +167,10 @@ class PeftConfig:
                 f"types: {', '.join(tasks)}."
             )
         yield from boolean("inference_mode", self.inference_mode)
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield a sentence for fields that contradict each other; each has an allowed value."""
+        yield from ()
 
     @property
     def trained_biases(self) -> str:

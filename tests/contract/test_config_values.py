@@ -3,9 +3,12 @@
 writers put them into files.
 """
 
+import contextlib
 import dataclasses
 import enum
+import itertools
 import json
+import random
 import re
 import warnings
 from pathlib import Path
@@ -20,7 +23,9 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     PeftConfig,
+    PeftError,
     PolyConfig,
+    RoutedConfig,
     VBLoRAConfig,
     get_peft_model,
 )
@@ -249,6 +254,22 @@ def test_a_path_set_later_is_saved(tmp_path):
 def test_what_can_not_be_saved_is_refused_at_once(config_cls, fields, name):
     with pytest.raises(ValueError, match=f"{config_cls.__name__}: `{name}`"):
         config_cls(**fields)
+
+
+ODD = ("x", "1", ["2"], [], {}, {"x": 1}, {"x": "input"}, -1, 0, 3, 1.5, True, None, float("nan"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config_cls", [*NEUTRAL, RoutedConfig], ids=lambda cls: cls.__name__)
+def test_two_odd_values_are_refused_as_one_is(config_cls):
+    """A check of two fields together must not be the first that sees an odd value."""
+    names = [item.name for item in dataclasses.fields(config_cls) if item.init]
+    chance = random.Random(0)
+    for pair in itertools.combinations(names, 2):
+        for _ in range(2):
+            fields = {name: chance.choice(ODD) for name in pair}
+            with contextlib.suppress(PeftError):
+                config_cls(**fields)
 
 
 @pytest.mark.parametrize("config_cls", NEUTRAL, ids=lambda cls: cls.__name__)

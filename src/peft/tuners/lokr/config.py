@@ -166,13 +166,16 @@ class LoKrConfig(LycorisConfig):
         yield from pattern_dict("factor_pattern", self.factor_pattern, _factor_or_pair)
         yield from pattern_dict("tensor_shapes", self.tensor_shapes, _shapes)
         yield from pattern_dict("row_offsets", self.row_offsets, partial(at_least, least=0))
+        yield from choice("init_weights", self.init_weights, (True, False, "lycoris"))
+        yield from choice("kronecker_layout", self.kronecker_layout, ("channels", "flat"))
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
         if self.full_matrix and (self.decompose_both or self.use_effective_conv2d):
             yield (
                 "`full_matrix` leaves nothing to decompose; it can't go with `decompose_both` or "
                 "`use_effective_conv2d`."
             )
-        yield from choice("init_weights", self.init_weights, (True, False, "lycoris"))
-        yield from choice("kronecker_layout", self.kronecker_layout, ("channels", "flat"))
         if not is_empty(self.layers_to_transform) and is_empty(self.layers_pattern):
             yield (
                 "When `layers_to_transform` is specified, `layers_pattern` must also be specified, "

@@ -308,8 +308,18 @@ class LoraConfig(TargetedConfig):
         yield from pattern_dict("rank_pattern", self.rank_pattern, at_least)
         yield from pattern_dict("alpha_pattern", self.alpha_pattern, partial(number))
         yield from replication_problems("layer_replication", self.layer_replication)
-        yield from self._start_problems()
-        yield from self._activation_problems()
+        start, tokens = self.init_lora_weights, self.alora_invocation_tokens
+        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
+            yield from choice("init_lora_weights", start, (*INITIALIZATIONS, "pissa_niter_<n>"))
+        if not is_empty(tokens) and not (isinstance(tokens, list) and all(map(is_int, tokens))):
+            yield (
+                f"`alora_invocation_tokens`={tokens!r} must be a list of token ids, as "
+                "`tokenizer.encode(text, add_special_tokens=False)` returns; None turns it off."
+            )
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        yield from self._start_contradictions()
         if self.use_dora and self.lora_bias:
             yield (
                 "The argument lora_bias=True is not supported together with `use_dora`=True; "
@@ -328,29 +338,17 @@ class LoraConfig(TargetedConfig):
                         "into the regular expression."
                     )
 
-    def _start_problems(self) -> Iterator[str]:
-        start = self.init_lora_weights
-        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
-            yield from choice("init_lora_weights", start, (*INITIALIZATIONS, "pissa_niter_<n>"))
-        alpha = self.lora_alpha
-        if self.starts_from_weight and isinstance(alpha, (int, float)) and alpha <= 0:
+    def _start_contradictions(self) -> Iterator[str]:
+        """Yield a sentence for each field that does not go with the start or the invocation."""
+        start, has_invocation = self.init_lora_weights, not is_empty(self.alora_invocation_tokens)
+        if self.starts_from_weight and self.lora_alpha <= 0:
             yield f"`init_lora_weights`={start!r} needs a positive `lora_alpha`."
-
-    def _activation_problems(self) -> Iterator[str]:
-        tokens = self.alora_invocation_tokens
-        if is_empty(tokens):
-            return
-        if not isinstance(tokens, list) or not all(map(is_int, tokens)):
-            yield (
-                f"`alora_invocation_tokens`={tokens!r} must be a list of token ids, as "
-                "`tokenizer.encode(text, add_special_tokens=False)` returns; None turns it off."
-            )
-        if self.use_dora:
+        if has_invocation and self.use_dora:
             yield "`alora_invocation_tokens` is not supported together with `use_dora`=True."
-        if self.starts_from_weight:
+        if has_invocation and self.starts_from_weight:
             yield (
                 f"`alora_invocation_tokens` is for adapters that leave the base weight as it is, "
-                f"and `init_lora_weights`={self.init_lora_weights!r} changes it for other readers."
+                f"and `init_lora_weights`={start!r} changes it for other readers."
             )
 
     @classmethod

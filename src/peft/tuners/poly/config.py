@@ -16,7 +16,6 @@ from ...config import (
     at_least,
     boolean,
     choice,
-    is_int,
     name_list,
     number,
     pattern_dict,
@@ -175,12 +174,6 @@ class PolyConfig(TargetedConfig):
         yield from at_least("task_rank", self.task_rank, 0)
         if self.eval_top_k is not None:
             yield from at_least("eval_top_k", self.eval_top_k)
-            counts = self._skill_counts()
-            if is_int(self.eval_top_k) and is_int(self.n_skills) and self.eval_top_k > max(counts):
-                yield (
-                    f"`eval_top_k`={self.eval_top_k} is more than there are skills: `n_skills` is "
-                    f"{self.n_skills}. None keeps all."
-                )
         yield from choice("router_granularity", self.router_granularity, GRANULARITIES)
         yield from choice("routing", self.routing, ("learned", "fixed"))
         for name in _PATTERNS:
@@ -188,12 +181,6 @@ class PolyConfig(TargetedConfig):
         yield from pattern_dict(
             "routing_pattern", self.routing_pattern, partial(choice, allowed=_ROUTING)
         )
-        yield from self._contradictions()
-
-    def _skill_counts(self) -> list[int]:
-        """Return the numbers of skills that layers can have, as far as they are integers."""
-        pattern = self.n_skills_pattern if isinstance(self.n_skills_pattern, dict) else {}
-        return [count for count in (self.n_skills, *pattern.values()) if is_int(count)]
 
     def _task_name_problems(self) -> Iterator[str]:
         """Yield a sentence if the task names are not one different name for each task."""
@@ -209,7 +196,7 @@ class PolyConfig(TargetedConfig):
                 )
 
     def _contradictions(self) -> Iterator[str]:
-        """Yield a sentence for each pair of fields that contradict each other."""
+        yield from super()._contradictions()
         if self.routing == "fixed" and self.poly_type == "mope":
             yield (
                 "`routing`='fixed' fixes the weights of tasks, which `poly_type`='mope' does not "
@@ -220,8 +207,13 @@ class PolyConfig(TargetedConfig):
                 f"`task_rank`={self.task_rank} gives each task a skill, but routing by input knows "
                 "no tasks; use 0."
             )
-        counts = self._skill_counts()
-        if is_int(self.n_shared_skills) and counts and self.n_shared_skills > min(counts):
+        counts = [self.n_skills, *self.n_skills_pattern.values()]
+        if self.eval_top_k is not None and self.eval_top_k > max(counts):
+            yield (
+                f"`eval_top_k`={self.eval_top_k} is more than there are skills: `n_skills` is "
+                f"{max(counts)}. None keeps all."
+            )
+        if self.n_shared_skills > min(counts):
             yield (
                 f"`n_shared_skills`={self.n_shared_skills} is more than there are skills: "
                 f"`n_skills` is {min(counts)}."

@@ -124,12 +124,15 @@ class RoutedConfig(TargetedConfig):
         yield from choice("general_subtraction", self.general_subtraction, ("deltas", "factors"))
         for name in ("deltas_only", "save_experts"):
             yield from boolean(name, getattr(self, name))
-        if self.top_k is not None and self.routing not in BY_INPUT and self.routing in KINDS:
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        if self.top_k is not None and self.routing not in BY_INPUT:
             yield (
                 f"`top_k`={self.top_k} chooses experts by the input, and `routing`="
                 f"{self.routing!r} does not; leave it out."
             )
-        if self.temperature != 1 and self.routing in KINDS and self.routing not in BY_INPUT:
+        if self.temperature != 1 and self.routing not in BY_INPUT:
             yield (
                 f"`temperature`={self.temperature} divides scores of the input, and `routing`="
                 f"{self.routing!r} has none; leave it out."

@@ -11,7 +11,7 @@ import torch
 
 from ...base.registry import PeftType
 from ...base.validation import LayerIndices, TokenIndices
-from ...config import TargetedConfig, at_least, boolean, choice, is_int, number, probability
+from ...config import TargetedConfig, at_least, boolean, choice, number, probability
 
 _SWITCHES = (
     "save_only_topk_weights", "fan_in_fan_out", "train_topk_weights", "pad_last_tile",
@@ -145,8 +145,6 @@ class VBLoRAConfig(TargetedConfig):
         yield from super()._problems()
         for name in ("r", "num_vectors", "vector_length", "topk"):
             yield from at_least(name, getattr(self, name))
-        if is_int(self.topk) and is_int(self.num_vectors) and self.topk > self.num_vectors >= 1:
-            yield f"`topk`={self.topk} must not be larger than `num_vectors`={self.num_vectors}."
         yield from probability("vblora_dropout", self.vblora_dropout)
         for name in _SWITCHES:
             yield from boolean(name, getattr(self, name))
@@ -160,3 +158,8 @@ class VBLoRAConfig(TargetedConfig):
         yield from number("init_logits_std", self.init_logits_std)
         if isinstance(self.init_logits_std, (int, float)) and self.init_logits_std < 0:
             yield f"`init_logits_std`={self.init_logits_std!r} must not be negative."
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        if self.topk > self.num_vectors:
+            yield f"`topk`={self.topk} must not be larger than `num_vectors`={self.num_vectors}."
