@@ -45,6 +45,16 @@ def test_few_elements_are_kept_by_position_and_many_as_a_whole(lost, factor):
     assert torch.equal(exact_merge.subtract(merged, delta, kept), weight)
 
 
+@pytest.mark.parametrize("lost", [0, 2, 40])
+def test_a_weight_keeps_its_memory_format(lost):
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    merged, delta = weight.clone(), torch.zeros(4, 3, 2, 2)
+    merged.permute(0, 2, 3, 1).reshape(-1)[:lost] += 1
+    kept = exact_merge.correction(weight, merged, delta)
+    again = exact_merge.subtract(merged, delta, kept)
+    assert torch.equal(again, weight) and again.stride() == weight.stride()
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 )

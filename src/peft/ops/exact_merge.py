@@ -120,8 +120,9 @@ def subtract(
         return _take_off(merged, delta, factor)
     if positions is None:
         return values.to(merged.device)
-    weight = _take_off(merged, delta, factor).contiguous()
-    weight.view(-1)[positions.to(weight.device)] = values.to(weight.device)
+    weight = _take_off(merged, delta, factor)
+    lost = torch.unravel_index(positions.to(weight.device), weight.shape)
+    weight[lost] = values.to(weight.device)  # by index: the weight may be in channels_last
     return weight
 
 

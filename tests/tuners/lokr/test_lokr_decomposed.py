@@ -18,6 +18,10 @@ LAYERS = {
     "linear without bias": (lambda: nn.Linear(24, 40, bias=False), (2, 3, 24)),
     "conv1d": (lambda: nn.Conv1d(16, 24, 3, stride=2, padding=1), (2, 16, 9)),
     "conv2d": (lambda: nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), (2, 16, 6, 6)),
+    "conv2d channels last": (
+        lambda: nn.Conv2d(16, 32, 3, padding=1).to(memory_format=torch.channels_last),
+        (2, 16, 6, 6),
+    ),
     "conv2d groups": (lambda: nn.Conv2d(16, 32, 3, padding=1, groups=4), (2, 16, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(8, 16, (2, 3, 1)), (2, 8, 4, 5, 3)),
 }

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -182,6 +183,20 @@ def test_a_rank_above_the_smaller_side_is_filled_up():
     torch.testing.assert_close(
         layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_trained_scalar_is_converted_without_a_warning():
+    config = LoKrConfig(r=2, target_modules=["0"], use_scalar=True, init_weights=False)
+    layer = get_peft_model(nn.Sequential(nn.Linear(12, 12)), config).base_model.model[0]
+    layer.lokr_scalar["default"].data.fill_(0.5)
+    torch.set_warn_always(True)  # torch warns once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            low = layer.low_rank_factors("default")
+    finally:
+        torch.set_warn_always(False)
+    torch.testing.assert_close(low.B @ low.A, layer.get_delta_weight("default").detach())
 
 
 CONVOLUTIONS = {

@@ -235,6 +235,7 @@ class LoKrLayer(LycorisLayer):
         first = self.row_offset[adapter_name]
         return Recipe(_dense, (factors, self.geometry, scale, flat, first, rows))
 
+    @torch.no_grad()
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: object
     ) -> LowRank:

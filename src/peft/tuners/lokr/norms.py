@@ -77,9 +77,9 @@ def weight_norms(
             partial = torch.einsum(with_left, grid, W1.to(W.dtype)).to(wide)
             overlap = torch.einsum(with_right, partial, W2.to(wide))
         else:
-            # `W2` first: `W` is contiguous for that product, so it is not copied.
+            # `W2` first: a contiguous `W` is not copied for that product.
             right_rows = W2.flatten(1).to(W.dtype).repeat(a, 1).unsqueeze(-1)
-            partial = torch.bmm(grid.view(a * c, b, d * taps), right_rows).view(a, c, b).to(wide)
+            partial = torch.bmm(grid.reshape(a * c, b, d * taps), right_rows).view(a, c, b).to(wide)
             overlap = torch.einsum("acb,ab->ac", partial, W1.to(wide))
         squares1, squares2 = W1.to(wide).square(), W2.to(wide).square()
         if not by_columns:
