@@ -586,3 +586,41 @@ def test_files_of_a_merged_model_have_the_weights_without_what_is_merged(tmp_pat
         peft.set_base_model_state_dict(model, state)
     model.unmerge_adapter()
     assert torch.equal(model.embed_tokens.base_layer.weight, weight)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+class Causal(nn.Conv2d):
+    """Outputs of the size that its settings give, of an input that is padded on one side."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (2, 0, 2, 0)), self.weight, self.bias, groups=self.groups)
+
+
+class Halved(nn.Conv2d):
+    """One half of the samples after the other, which changes nothing."""
+
+    def forward(self, x):
+        return torch.cat([super(Halved, self).forward(half) for half in x.chunk(2)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [(Standardized, 1), (Causal, 1), (Causal, 4), (Halved, 1), (Halved, 2), (Halved, 4)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_merge_warns_of_convolutions_that_would_compute_something_else(kind, groups):
+    """By the outputs before and after the merge."""
+    base = kind(4, 8, 3, padding=1, groups=groups)
+    model = get_peft_model(nn.Sequential(base), METHODS["LOKR"].config(target_modules=["0"])).eval()
+    change(model)
+    x = torch.randn(4, 4, 6, 6)
+    before = model(x)
+    found = warnings_of(model.merge_adapter)
+    differs = not torch.allclose(model(x), before, atol=1e-4)
+    assert differs == (kind is not Halved)
+    assert [f"`0` ({kind.__name__})" in text for text in found] == ([True] if differs else [])

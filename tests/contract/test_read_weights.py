@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that compute with a child's weight in place of calling the child: an adapter of the
-child's output would have no effect there, but on merging.
+child's output would have no effect there, but on merging. And convolutions whose own `forward`
+gives outputs that an adapter's can't be added to.
 """
 
+import copy
 import functools
 import re
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 from helpers.states import assert_unchanged, snapshot
 from torch import nn
 
-from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.base.child_uses import child_uses
 from peft.base.errors import UnsupportedModuleError
 from peft.core import plan
@@ -210,3 +212,41 @@ def test_uses_of_children_are_seen_in_closures_wrappers_and_base_classes():
     assert uses.called == {"b", "c"}
     assert child_uses(Mixer).read == {"dt_proj", "conv"}
     assert not child_uses(nn.Sequential).read
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads its input by itself, as those of video autoencoders do in time."""
+
+    def forward(self, x):
+        k = self.kernel_size[0] - 1
+        return super().forward(nn.functional.pad(x, (k, 0, k, 0)))
+
+
+CONVOLUTIONS = {
+    "LOKR": LoKrConfig(r=2, target_modules=["0"], init_weights=False),
+    "LOHA": LoHaConfig(r=2, target_modules=["0"], init_weights=False),
+    "LORA": LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_that_pads_its_input_is_refused(name):
+    """An adapter's output has the size that the settings of the convolution give."""
+    model = nn.Sequential(Padded(4, 8, 3), nn.ReLU())
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModuleError, match="`0`: Padded has a `forward` of its own"):
+        get_peft_model(model, CONVOLUTIONS[name])
+    assert_unchanged(before, model)
+    get_peft_model(nn.Sequential(Padded(4, 8, 1)), CONVOLUTIONS[name])(torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_saved_adapter_of_a_convolution_that_pads_is_merged(name, tmp_path):
+    """Its `forward` convolves with `W + ΔW`."""
+    get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3)), CONVOLUTIONS[name]).save_pretrained(tmp_path)
+    base = nn.Sequential(Padded(4, 8, 3))
+    plain, x = copy.deepcopy(base), torch.randn(2, 4, 5, 5)
+    with pytest.warns(UserWarning, match="`0`: Padded has a `forward` of its own"):
+        model = PeftModel.from_pretrained(base, tmp_path)
+    plain[0].weight.data += model.base_model.model[0].get_delta_weight("default")
+    torch.testing.assert_close(model.merge_and_unload()(x), plain(x))

@@ -15,7 +15,7 @@ from ..base.geometry import Geometry
 
 L = TypeVar("L", bound=nn.Module)
 
-_Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class AdaptedLayer(Protocol):
@@ -42,7 +42,7 @@ def geometry(module: nn.Module) -> Geometry | None:
     layer it adapts.
     """
     module = innermost(module)
-    if isinstance(module, _Convolution):
+    if isinstance(module, Convolution):
         return Geometry(
             module.out_channels,
             module.in_channels // module.groups,
@@ -164,7 +164,7 @@ def describe(module: nn.Module) -> str:
 
 def conv_options(module: nn.Module) -> dict[str, Any]:
     """Return `stride`, `padding`, `dilation` and `groups` of a convolution after `pad_input`."""
-    conv = cast(_Convolution, innermost(module))
+    conv = cast(Convolution, innermost(module))
     padding = conv.padding if conv.padding_mode == "zeros" else (0,) * len(conv.kernel_size)
     sizes = {"stride": conv.stride, "padding": padding, "dilation": conv.dilation}
     return {**sizes, "groups": conv.groups}
@@ -172,7 +172,14 @@ def conv_options(module: nn.Module) -> dict[str, Any]:
 
 def pad_input(module: nn.Module, x: Tensor) -> Tensor:
     """Return `x` with the padding that torch's functions lack (reflect, replicate, circular)."""
-    conv = cast(_Convolution, innermost(module))
+    conv = cast(Convolution, innermost(module))
     if conv.padding_mode == "zeros":
         return x
     return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+
+
+def convolve(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the output of a convolution with another weight and without its bias."""
+    functional = nn.functional
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+    return function(pad_input(module, x), weight, **conv_options(module))

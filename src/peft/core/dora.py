@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..base.geometry import Geometry, Placement
 from ..ops.low_rank import wide
-from .base_layer import AdaptedLayer, conv_options, pad_input
+from .base_layer import AdaptedLayer, convolve
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ def output_without_bias(layer: AdaptedLayer, x: Tensor) -> Tensor:
     weight, size = layer.unmerged_weight().to(x.dtype), layer.geometry
     if not size.is_conv:
         return F.linear(x, size.as_stored(weight))
-    base = layer.get_base_layer()
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size.kernel_size) - 1]
-    return convolve(pad_input(base, x), weight, **conv_options(base))
+    return convolve(layer.get_base_layer(), x, weight)
 
 
 def change(weight: Tensor, factor: Tensor, delta: Tensor) -> Tensor:

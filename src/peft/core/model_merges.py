@@ -21,9 +21,9 @@ from .adapted_parameters import detach
 from .adapters import check_readable, lacks_values
 from .auxiliary import AuxiliaryTrainingWrapper
 from .computed_weights import made_plain
+from .forward_probe import changes_delta
 from .fused_paths import restore_fused_paths
 from .layer import BaseTunerLayer
-from .linear_probe import changes_delta
 from .merge_requests import warn_of_merged
 from .merges import Merge, Options
 from .parameter_layer import ParameterLayer
