@@ -92,15 +92,17 @@ def load_peft_weights(
     Raises:
         CheckpointNotFoundError: There is no weights file.
         CheckpointError: It can't be read.
-        PeftValueError: `device` is not a device.
+        PeftValueError: `device` is not a device that can hold the tensors.
     """
     options = only_hub_options(hub_options, "load_peft_weights")
     try:
-        torch.device(device or "cpu")
-    except (RuntimeError, TypeError):
+        has_values = not torch.empty(0, device=device or "cpu").is_meta
+    except (RuntimeError, TypeError, AssertionError):  # the last where torch has no CUDA
+        has_values = False
+    if not has_values:
         raise PeftValueError(
-            f"{device!r} is not a device: pass 'cpu', 'cuda', 'cuda:1', …"
-        ) from None
+            f"{device!r} is not a device with tensors here: pass 'cpu', 'cuda', 'cuda:1', …"
+        )
     path = find_file(model_id, WEIGHTS_FILES, options)
     return with_mapped_keys(read_weights(path, device or "cpu"), key_mapping or {})
 
