@@ -12,7 +12,7 @@ from helpers.models import gpt2, llama, t5
 from helpers.variants import CASES, Case, Model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import SwinConfig, SwinModel
+from transformers import BlipConfig, BlipForConditionalGeneration, SwinConfig, SwinModel
 
 from peft import get_peft_model
 from peft.base.registry import PEFT_TYPE_TO_TUNER_MAPPING
@@ -309,20 +309,38 @@ def test_checkpointing_transformers_models(variant, name, reentrant):
         torch.testing.assert_close(gradient, expected[key])
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointing_where_the_embedding_returns_a_tuple(reentrant):
-    """As Swin's. The hooks that let gradients through are there once, and leave when told to."""
+def swin():
+    """Return a model whose embedding returns a tuple, its targets and an input."""
     sizes = {"image_size": 8, "patch_size": 1, "window_size": 2, "embed_dim": 8, "depths": [2]}
-    torch.manual_seed(0)
     base = SwinModel(SwinConfig(**sizes, num_heads=[2], drop_path_rate=0.0))
-    model = get_peft_model(base, METHODS["LORA"].config(target_modules=["q_proj", "fc1"]))
-    images, found = torch.randn(2, 3, 8, 8), []
+    return base, ["q_proj", "fc1"], {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def blip():
+    """Return a model that changes its embedding's output in place, its targets and an input."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    image = {**sizes, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    text = {**sizes, "num_hidden_layers": 2, "encoder_hidden_size": 16, "vocab_size": 40}
+    text |= {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    base = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=image))
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    return base, ["query", "value"], inputs
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("make", [swin, blip])
+def test_checkpointing_of_unusual_embeddings(make, reentrant):
+    """The hooks that let gradients through are there once, and leave when told to."""
+    torch.manual_seed(0)
+    base, targets, inputs = make()
+    model = get_peft_model(base, METHODS["LORA"].config(target_modules=targets))
+    found = []
     for on in (False, True):
         if on:
             for _ in range(2):
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.train().zero_grad()
-        model(pixel_values=images).last_hidden_state.square().sum().backward()
+        model(**inputs)[0].square().sum().backward()
         found.append(gradients(model))
     assert found[0] and found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():

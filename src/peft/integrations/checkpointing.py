@@ -13,7 +13,8 @@ def require_input_gradients(model: nn.Module) -> None:
     is changed.
 
     `enable_input_require_grads` puts hooks on the embeddings, once more at each call, which fail if
-    an embedding returns a tuple, as that of Swin. Here they are put once, and take tuples.
+    an embedding returns a tuple, as that of Swin, or its output is changed in place, as by BLIP.
+    Here they are put once, and fit both.
     """
     disable, enable = (
         getattr(model, f"{verb}_input_require_grads", None) for verb in ("disable", "enable")
@@ -36,7 +37,17 @@ def _handles(model: nn.Module) -> list[RemovableHandle]:
     return getattr(model, "_require_grads_hooks", [] if one is None else [one])
 
 
-def _require_gradients(module: nn.Module, inputs: object, output: object) -> None:
-    for value in output if isinstance(output, tuple) else (output,):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value.requires_grad_(True)
+def _require_gradients(module: nn.Module, inputs: object, output: object) -> object:
+    if not isinstance(output, tuple):
+        return _with_gradient(output)
+    values = map(_with_gradient, output)
+    return output._make(values) if hasattr(output, "_make") else tuple(values)
+
+
+def _with_gradient(value: object) -> object:
+    """Return a tensor that requires gradients and, as no leaf, may be changed in place: models
+    such as BLIP add positions so.
+    """
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.requires_grad_(True).clone()
+    return value
