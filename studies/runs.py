@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -83,18 +84,34 @@ class Study(Protocol):
 
 
 def read(path: Path) -> list[Record]:
-    """Return the finished runs of a file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """Return the finished runs of a file, without one that was cut off while it was written.
+
+    Raises:
+        ValueError: Another line is not a run.
+    """
+    text = path.read_text() if path.exists() else ""
+    records: list[Record] = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if line.endswith("\n"):
+                raise ValueError(f"'{path}', line {number}, is not a run: {error}") from error
+            warnings.warn(f"'{path}', line {number}, is cut off and left out.", stacklevel=2)
+    return records
+
+
+def _write(path: Path, records: Iterable[Record]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    new.replace(path)
 
 
 def copy_choices(source: Path, target: Path) -> None:
     """Write the runs that chose tasks and rates to another file, if it is not there yet."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(run) for run in read(source) if run["stage"] not in MEASURING]
-        target.write_text("".join(f"{line}\n" for line in lines))
+        _write(target, (run for run in read(source) if run["stage"] not in MEASURING))
 
 
 def go_on(
@@ -113,6 +130,8 @@ def go_on(
     """
     end, seeds = time.monotonic() + 60 * minutes, list(seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        _write(path, read(path))  # so that what is appended begins a line
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         under_way: dict[Future[Record], Run] = {}

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,20 @@ def test_what_pip_cannot_download_is_said_before_anything_is_written(tmp_path, m
     ):
         main()
     assert not output.exists()
+
+
+def test_a_run_that_was_cut_off_while_it_was_written_is_left_out(tmp_path):
+    path, whole = tmp_path / "runs.jsonl", {"key": "a", "stage": "final", "test": 0.4}
+    path.write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:20])
+    with pytest.warns(UserWarning, match="line 2, is cut off"):
+        assert read(path) == [whole]
+    nothing = SimpleNamespace(runs=lambda records, seeds, quick: [])
+    with pytest.warns(UserWarning, match="line 2, is cut off"):
+        assert go_on(nothing, path, [0], workers=1, minutes=0, quick=True)
+    assert path.read_text() == json.dumps(whole) + "\n"  # the next run begins a line
+    path.write_text(json.dumps(whole)[:20] + "\n" + json.dumps(whole) + "\n")
+    with pytest.raises(ValueError, match="line 1, is not a run"):
+        read(path)
 
 
 def test_a_stopped_study_does_what_is_missing(cache, tmp_path):
