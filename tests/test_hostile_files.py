@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torture import corpus, damage, hostile, scenarios, slow_reading, tracer
+from torture import corpus, damage, hostile, scenarios, slow_reading, tensor_files, tracer
 from torture.hostile_targets import CONFIG, Target
 
 from peft import PeftModel
@@ -114,6 +114,16 @@ def test_decisions_come_from_bytes_and_then_from_a_fixed_generator():
     assert draws[0] == draws[1]
     assert draws[0][:5] == draws[2][:5] == [*b"abcde"]
     assert draws[0] != draws[2]
+
+
+def test_a_change_of_a_size_that_no_file_holds_makes_a_small_file():
+    shape, content = [2**31, 2**31], bytes(8)
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, len(content)]}
+    for seed in range(200):
+        changed, _ = tensor_files.tensors(
+            tensor_files.joined({"0.weight": entry}, content), random.Random(seed)
+        )
+        assert len(changed) < 2**22
 
 
 def test_a_size_that_no_file_holds_is_refused_before_memory_is_taken(tmp_path):

@@ -217,8 +217,7 @@ def _change_tensors(found: dict[str, Tensor], chance: random.Random) -> str:
         return f"{key} also as {fresh[:40]!r}"
     if kind == 3:
         dtype = chance.choice([*BYTES])
-        size = math.prod(shape) * BYTES[dtype]
-        found[key] = dtype, shape, (values * (1 + size // max(1, len(values))))[:size]
+        found[key] = dtype, shape, _filled(dtype, shape, values)
         return f"{key} is {dtype}"
     if kind == 4:
         pattern = chance.choice(
@@ -238,6 +237,11 @@ def _change_tensors(found: dict[str, Tensor], chance: random.Random) -> str:
         dtype, shape, values = found[name]
         if axis < len(shape) and shape[axis] == old:
             shape = [*shape[:axis], new, *shape[axis + 1 :]]
-            size = min(math.prod(shape) * BYTES[dtype], 2**20)
-            found[name] = dtype, shape, (values * (1 + size // max(1, len(values))))[:size]
+            found[name] = dtype, shape, _filled(dtype, shape, values)
     return f"{'all' if kind == 7 else key}: axis {axis} has {new}, not {old}"
+
+
+def _filled(dtype: str, shape: list[int], values: bytes) -> bytes:
+    """Repeat values to the bytes of a tensor, of a large one to a part of them."""
+    size = min(math.prod(shape) * BYTES[dtype], 2**20)
+    return (values * (1 + size // max(1, len(values))))[:size]
