@@ -613,3 +613,20 @@ def test_no_active_adapter_has_no_active_config():
     assert model.active_adapters == []
     with pytest.raises(peft.PeftError, match="No adapter is active; `peft_config`"):
         _ = model.active_peft_config
+
+
+def test_layers_that_have_not_seen_their_input(method):
+    """They may stand beside the adapted layers, frozen, and get no adapter themselves."""
+    lazy, x = nn.LazyLinear(8), torch.randn(3, 8)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), lazy), method.config(target_modules=["0"])
+    )
+    with model.disable_adapter():
+        model(x, **method.call)
+    assert not any(parameter.requires_grad for parameter in lazy.parameters())
+    model(x, **method.call).sum().backward()
+    for kind in (nn.LazyLinear(4), nn.LazyConv1d(4, 3), nn.LazyConv2d(4, 3)):
+        with pytest.raises(
+            peft.base.errors.UnsupportedModuleError, match="`0`: Target module Lazy"
+        ):
+            get_peft_model(nn.Sequential(kind), method.config(target_modules=["0"]))

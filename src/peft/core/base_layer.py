@@ -43,6 +43,8 @@ def geometry(module: nn.Module) -> Geometry | None:
     """
     module = innermost(module)
     if isinstance(module, Convolution):
+        if not module.in_channels:  # it has not seen its input yet
+            return None
         return Geometry(
             module.out_channels,
             module.in_channels // module.groups,
@@ -55,8 +57,7 @@ def geometry(module: nn.Module) -> Geometry | None:
         rows, columns = getattr(weight, "ds_shape", weight.shape)
         return Geometry(columns, rows, transposed=True)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # A module with others inside is a block that notes its sizes; one of size zero has not seen its
-    # input yet.
+    # A module with others inside is a block that notes its sizes; a lazy one is of size zero.
     is_layer = isinstance(module, nn.Linear) or not module._modules
     if is_layer and all(isinstance(size, int) and size > 0 for size in sizes):
         return Geometry(*sizes)  # type: ignore[arg-type]

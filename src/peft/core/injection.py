@@ -415,4 +415,4 @@ def _freeze_base(model: nn.Module) -> None:
             adapters |= {id(p) for p in module.modules_to_save.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy parameter has no methods
