@@ -423,6 +423,28 @@ def test_what_nothing_tells_of_is_refused(method):
         model(input_ids=words(1, 5), pixel_values=x, **mixed(method, [0, 1]))
 
 
+class Flattened(nn.Module):
+    """Attention with a mask for each head, as torch's, after a layer that sees all tokens in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(48, 16), nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, input_ids, attn_mask):
+        x = self.linear(self.embed(input_ids).flatten(0, 1)).unflatten(0, input_ids.shape)
+        return self.attention(x, x, x, attn_mask=attn_mask)[0]
+
+
+def test_as_many_tokens_as_masks_are_tokens(method):
+    model, ids = adapted(Flattened(), method, ["linear"]), words(3, 2)
+    mask = torch.randn(6, 2, 2).double()  # of 3 samples and 2 heads; tokens are 6 too
+    together = model(input_ids=ids, attn_mask=mask, **mixed(method, [0, 1, 0]))
+    for i, kind in enumerate((0, 1, 0)):
+        own = {"input_ids": ids[i : i + 1], "attn_mask": mask[2 * i : 2 * i + 2]}
+        torch.testing.assert_close(together[i : i + 1], model(**own, **mixed(method, [kind])))
+
+
 def test_a_model_that_calls_itself_on_parts(method):
     class Parts(nn.Module):
         def __init__(self):

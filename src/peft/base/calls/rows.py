@@ -254,6 +254,7 @@ class CallRows:
         return self.batch_dim == 0 and any(
             s.is_floating and len(s.sizes) > 1 and s.sizes[0] == rows != self.rows
             for s in self.shapes
+            if not NO_TOKENS.search(s.name)
         )
 
     def _flattened(
