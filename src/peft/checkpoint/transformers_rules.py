@@ -12,6 +12,7 @@ import torch
 from ..base.constants import MODEL_ROOT, ROOT
 from ..base.containers import StateDict
 from ..base.errors import PeftRuntimeError
+from ..base.expressions import fullmatch
 from ..base.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, lookup
 from .format import FusedPart
 from .fused_modules import stacks_rows
@@ -201,8 +202,12 @@ def _numbers_around(rules: Sequence[WeightTransform], config: AdapterConfig) -> 
 
 
 def _names(config: AdapterConfig, end: str) -> bool:
-    """Return whether a config's targets name a module whose path has this end."""
+    """Return whether a config's targets name a module whose path has this end. The model is not
+    known here: a regular expression is tried on a usual path, and else read for the last name.
+    """
     targets = getattr(config, "target_modules", None) or ()
     if isinstance(targets, str):
-        return re.search(rf"\b{re.escape(end.rpartition('.')[2])}\b", targets) is not None
+        last = re.escape(end.rpartition(".")[2])
+        is_usual = fullmatch(targets, f"model.layers.0.{end.removeprefix('.')}")
+        return is_usual or re.search(rf"\b{last}\b", targets) is not None
     return any(f".{end}".endswith(f".{name}") for name in targets)

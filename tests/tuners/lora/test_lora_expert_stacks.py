@@ -161,6 +161,8 @@ def test_an_expression_for_former_names():
         ((2,), None),
         ((0, 1, 2), r".*\.(q_proj|gate|w1|w2|w3)"),
         ((0, 1), r".*\.(q_proj|gate|w1|w3)"),
+        ((0, 1, 2), r".*\.(q_proj|gate|w[123])"),
+        ((0, 1, 2), r"model\.layers\.\d+\..*\.(q_proj|gate|w\d)"),
     ],
 )
 def test_transformers_own_loading(parts, targets, tmp_path):
