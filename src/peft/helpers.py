@@ -33,7 +33,8 @@ KappaTuneSelector: type
 MontecloraTrainerMixin: type
 find_kappa_target_modules: type
 
-# What contexts change: the scales by layer and adapter, the casts of inputs by layer.
+# What contexts change: the scales by layer, adapter and configured scale, the casts of inputs by
+# layer.
 _SCALES: TemporaryValues[float] = TemporaryValues()
 _CASTING: TemporaryValues[bool] = TemporaryValues()
 
@@ -132,7 +133,8 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scale of all adapters inside a context; the old scales return at its end.
+    """Multiply the scale of all adapters inside a context; the old scales return at its end. An
+    adapter that is replaced meanwhile by one with another scale keeps its own.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
@@ -162,22 +164,24 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise PeftValueError(
             "Adapters are merged, so their scale is in the weights; call `unmerge_adapter` first."
         )
-    changes: list[tuple[BaseTunerLayer, str, Change[float]]] = []
+    changes: list[tuple[BaseTunerLayer, str, float, Change[float]]] = []
     try:
         with changing(model, None), _SCALES.lock:
             for layer in layers:
                 layer.scaling = dict(layer.scaling)  # a caller may keep the old one to compare with
                 for name, scale in layer.scaling.items():
-                    change = _SCALES.begin((layer, name), float(scale), lambda s: s * multiplier)
-                    changes.append((layer, name, change))
+                    base = layer.base_scaling(name)
+                    key = (layer, name, base)
+                    change = _SCALES.begin(key, float(scale), lambda s: s * multiplier)
+                    changes.append((*key, change))
                     layer.hold_scale(name, change.change(change.before))
         yield
     finally:
         # The scales must return.
         with changing(model, None if changes else (), patience=math.inf), _SCALES.lock:
-            for layer, name, change in changes:
+            for layer, name, base, change in changes:
                 scale = _SCALES.end(change)
-                if name in layer.scaling:
+                if name in layer.scaling and layer.base_scaling(name) == base:
                     layer.hold_scale(name, scale)
 
 

@@ -20,6 +20,7 @@ from peft.helpers import (
     update_signature,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter
 
 
 def adapter_layers(model):
@@ -69,6 +70,27 @@ def test_rescaling_ends_with_an_error_too(model):
     with pytest.raises(RuntimeError, match="stop"), rescale_adapter_scale(model, 5):
         raise RuntimeError("stop")
     assert [dict(layer.scaling) for layer in layers] == before
+
+
+def test_an_adapter_that_is_replaced_while_rescaled_keeps_its_own_scale(tmp_path):
+    torch.manual_seed(0)
+    for alpha in (1, 6):
+        config = peft.LoraConfig(lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config).save_pretrained(
+            tmp_path / f"{alpha}"
+        )
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    expected = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "6")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "1")
+    half, double = rescale_adapter_scale(model, 0.5), rescale_adapter_scale(model, 2)
+    x = torch.randn(4, 8)
+    with half:
+        hotswap_adapter(model, tmp_path / "6", "default")
+        double.__enter__()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(x), expected(x))
+    double.__exit__(None, None, None)
+    torch.testing.assert_close(model(x), expected(x))
 
 
 def test_rescaling_works_on_a_model_with_injected_adapters(method):
