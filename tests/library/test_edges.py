@@ -404,6 +404,13 @@ def test_what_the_owner_wrote_is_kept_while_files_are_away(small, lora):
     assert said(small) == said(AdapterLibrary(small.folder)) == before
 
 
+def test_a_new_name_is_a_string(small):
+    before = small.index_file.read_bytes()
+    with pytest.raises(PeftTypeError, match="name None must be a string"):
+        small.rename("users/a", None)
+    assert small.index_file.read_bytes() == before
+
+
 def test_what_the_owner_wrote_follows_the_weights(small):
     """To another path, whose name an adapter gets that had none of its own."""
     small.tag("users/a", "of a")

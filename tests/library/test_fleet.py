@@ -278,6 +278,8 @@ def test_more_threads_than_the_model_has_room_for_wait(library, outputs):
     assert fleet.status().in_use == () and len(fleet.status().sizes) == 1
     with pytest.raises(PeftValueError, match="`timeout`='soon' must be a finite number"):
         fleet.using(ADA, timeout="soon").__enter__()
+    with pytest.raises(PeftTypeError, match="`names`=None must be a name or a list of names"):
+        fleet.using(None).__enter__()
 
 
 def test_threads_ask_for_different_users(library, outputs):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 
 import pytest
 import torch
@@ -331,6 +332,12 @@ def test_arguments_that_are_none(pack, folder, folders):
             pack.update(add=add)
     with pytest.raises(PeftTypeError, match="got list"):
         AdapterPack.write(pack.path, [folders["ada"]])
+    for remove in (None, 1):
+        with pytest.raises(PeftTypeError, match="must be a name or a list of names"):
+            pack.update(remove=remove)
+    for name in (None, ["ada"]):
+        with pytest.raises(PeftValueError, match="has no adapter"):
+            pack.load(name)
     for name in ("", 1, "a\nb"):
         with pytest.raises(PeftValueError, match="must be a non-empty string"):
             pack.update(add={name: folders["ada"]})
@@ -338,6 +345,31 @@ def test_arguments_that_are_none(pack, folder, folders):
         pack.update(add={"eva": folder / "bank"})
     assert pack.path.read_bytes() == before
     assert "ada" not in pack.update(remove="ada")
+
+
+def test_changes_of_others_stay(pack, folders):
+    """Also those of threads that change the file at once, by the same open pack."""
+    pack.update(add={"eva": folders["ben"]})
+    pack.update(add={"ben": folders["ada"]})
+    names = [f"new{number}" for number in range(4)]
+    threads = [
+        threading.Thread(target=pack.update, kwargs={"add": {name: folders["cai"]}})
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pack.update(remove=["ada"])
+    with pytest.raises(PeftValueError, match="has no adapter 'ada'"):
+        pack.update(remove=["ada"])
+    assert "ada" in pack and "eva" not in pack
+    with AdapterPack(pack.path) as now:
+        assert set(now) == {*folders, "eva", *names} - {"ada"}
+        sources = {"eva": "ben", "ben": "ada", **dict.fromkeys(names, "cai")}
+        for name in now:
+            folder = folders[sources.get(name, name)]
+            assert now.read(name) == (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_header_has_a_bound(pack, folders, monkeypatch):

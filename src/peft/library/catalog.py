@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.errors import PeftTypeError, PeftValueError
@@ -12,9 +11,7 @@ from ..core.adapter_names import check_name
 from .entry import AdapterEntry, Place
 from .index import Index, LeftOut
 from .listing import AdapterList
-
-Names = str | AdapterEntry | Iterable[str | AdapterEntry]
-"""A name or entry, or several."""
+from .naming import Names, listed
 
 
 class Catalog:
@@ -61,7 +58,7 @@ class Catalog:
 
     def find_all(self, names: Names) -> list[AdapterEntry]:
         """Return the entries of names, each once, or raise as `find`."""
-        return list({entry.name: entry for entry in map(self.find, _listed(names))}.values())
+        return list({entry.name: entry for entry in map(self.find, listed(names))}.values())
 
     def places(self, names: Names) -> set[Place]:
         """Return the places of adapters, of those whose files are gone, and of what is left out or
@@ -69,7 +66,7 @@ class Catalog:
         """
         index, found = self.index, set()
         lost: dict[object, Place] = {entry.name: place for place, entry in index.lost.items()}
-        for name in _listed(names):
+        for name in listed(names):
             is_path = isinstance(name, str) and name not in self.names
             if is_path and (name in index.left_out or Place(str(name)) in index.removed):
                 found.add(Place(str(name)))
@@ -79,21 +76,15 @@ class Catalog:
                 found.add(self.find(name).place)
         return found
 
-    def check_new(self, name: str | None, place: Place) -> None:
-        """Raise `PeftValueError` if a name can't be one, or is that of an adapter elsewhere."""
-        if name is None:
-            return
+    def check_new(self, name: str, place: Place) -> None:
+        """Check that a name can be one, and is not that of an adapter elsewhere.
+
+        Raises:
+            PeftTypeError: It is not a string.
+            PeftValueError: It is no name, or taken.
+        """
         check_name(name, ())
         if name in self.names and self.names[name].place != place:
             raise PeftValueError(
                 f"The library has an adapter {name!r} already; choose another name."
             )
-
-
-def _listed(names: Names) -> list[object]:
-    """Return a name, or several, as a list."""
-    if isinstance(names, (str, AdapterEntry)):
-        return [names]
-    if not isinstance(names, Iterable):
-        raise PeftTypeError(f"`names`={names!r} must be a name or a list of names.")
-    return list(names)

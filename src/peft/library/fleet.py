@@ -19,6 +19,7 @@ from ..base.validation import at_least, check_flags, number
 from ..peft_model import PeftModel
 from .entry import AdapterEntry
 from .library import AdapterLibrary
+from .naming import Names, listed
 from .placing import adapter_sizes, put_on
 
 
@@ -152,7 +153,7 @@ class AdapterFleet:
                 self._evictions,
             )
 
-    def ensure(self, names: str | Iterable[str]) -> list[str]:
+    def ensure(self, names: Names) -> list[str]:
         """Put adapters on the model that are not there; the least recently used leave.
 
         Args:
@@ -168,15 +169,15 @@ class AdapterFleet:
             CheckpointError: An adapter is broken or does not fit. In all cases the model is as it
                 was, but that adapters whose files changed may have left.
         """
-        asked = [names] if isinstance(names, str) else list(names)
+        asked = listed(names)
         wanted = {name: self.library[name] for name in asked if name != BASE_MODEL}
         with self._lock:
             self._reconcile()
             self._load({entry.name: entry for entry in wanted.values()})
-            return [name if name == BASE_MODEL else wanted[name].name for name in asked]
+            return [wanted[name].name if name in wanted else BASE_MODEL for name in asked]
 
     @contextmanager
-    def using(self, names: str | Iterable[str], timeout: float | None = 0.0) -> Iterator[list[str]]:
+    def using(self, names: Names, timeout: float | None = 0.0) -> Iterator[list[str]]:
         """Context in which adapters are on the model and stay there, whatever other threads ask.
 
         Args:
@@ -206,9 +207,9 @@ class AdapterFleet:
                         del self._uses[name]
                 self._lock.notify_all()
 
-    def _ensure_in_time(self, names: str | Iterable[str], timeout: float | None) -> list[str]:
+    def _ensure_in_time(self, names: Names, timeout: float | None) -> list[str]:
         """Do as `ensure` does, tried again whenever a call has ended until it is too late."""
-        asked = [names] if isinstance(names, str) else list(names)
+        asked = listed(names)
         end = None if timeout is None else monotonic() + timeout
         while True:
             try:

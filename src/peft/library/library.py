@@ -19,11 +19,12 @@ from ..checkpoint.paths import as_path, check_path
 from ..peft_model import PeftModel
 from ..tuners.routed import get_routed_model as route_over
 from . import adding, checking
-from .catalog import Catalog, Names
+from .catalog import Catalog
 from .content import Content, ContentCache, LoadedAdapter
 from .entry import AdapterEntry, Place, checked_scores, checked_tags
 from .index import INDEX_NAME, Index, IndexFile, LeftOut
 from .listing import AdapterList, LibraryReport, select
+from .naming import Names
 from .placing import check_one_base, put_on
 from .reading import Reader
 from .refreshing import LibraryChanges, look
@@ -263,11 +264,13 @@ class AdapterLibrary:
         if folder is None:
             entry = adding.on_hub(os.fspath(source), options)
             place = entry.place
-            self._catalog.check_new(name, place)
+            if name is not None:
+                self._catalog.check_new(name, place)
             self._change(lambda index: index.put(entry))
         else:
             place = Place(adding.path_in(self.folder, folder, name))
-            self._catalog.check_new(name, place)
+            if name is not None:
+                self._catalog.check_new(name, place)
             adding.copy_in(self.folder, folder, place.path)
             self._change(lambda index: index.forget([place]))
             self.refresh()

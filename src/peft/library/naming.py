@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of adapters by their places."""
+"""Names of adapters: by their places, and as arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from ..base.errors import PeftValueError
+from ..base.errors import PeftTypeError, PeftValueError
 from ..core.adapter_names import check_name
-from .entry import PACK_SUFFIX, Place
+from .entry import PACK_SUFFIX, AdapterEntry, Place
+
+Names = str | AdapterEntry | Iterable[str | AdapterEntry]
+"""A name or entry, or several."""
 
 
 def default_name(place: Place) -> str:
@@ -39,3 +42,12 @@ def free_name(name: str, taken: Collection[str]) -> str:
         number += 1
         result = f"{name}-{number}"
     return result
+
+
+def listed(names: Names, argument: str = "names") -> list[str | AdapterEntry]:
+    """Return a name, or several, as a list; raise `PeftTypeError` for anything else."""
+    if isinstance(names, (str, AdapterEntry)):
+        return [names]
+    if not isinstance(names, Iterable):
+        raise PeftTypeError(f"`{argument}`={names!r} must be a name or a list of names.")
+    return list(names)

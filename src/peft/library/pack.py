@@ -44,6 +44,7 @@ from ..checkpoint.paths import as_folder, as_path, check_regular
 from .configs import config_from
 from .content import Content, LoadedAdapter, file_digest, opened_folder, read_folder
 from .entry import PACK_SUFFIX
+from .naming import listed
 
 FORMAT_KEY, VERSION = "peft_adapter_pack", "1"
 _DIGEST_BYTES = 32
@@ -248,7 +249,8 @@ class AdapterPack:
         """Write the file again with members added, replaced or removed, and return it opened.
 
         The new file takes the place of the old one in one step: a process that is killed leaves one
-        or the other. It costs a copy of the file, so change many members at once.
+        or the other. It costs a copy of the file, so change many members at once. Changes that
+        others made since this pack was opened stay.
 
         Args:
             add: Folder of an adapter by the member's name; one of that name is replaced.
@@ -258,14 +260,20 @@ class AdapterPack:
             PeftValueError: A name is unknown or can't be one; the file is as it was.
             CheckpointError: A folder or a member is damaged; the file is as it was.
         """
-        gone = [remove] if isinstance(remove, str) else list(remove)
-        for name in gone:
-            self.row(name)
+        gone = listed(remove, "remove")
         added = {} if add is None else add
         if not isinstance(added, Mapping):
             raise PeftTypeError(f"`add`={add!r} must be a dictionary: name → folder.")
-        kept = {name: self for name in self if name not in gone and name not in added}
-        _write(self.path, {**kept, **added})
+
+        def write(temporary: Path) -> None:
+            with AdapterPack(self.path) as present:
+                for name in gone:
+                    present.row(name)
+                replaced = {*gone, *added}
+                kept = {name: present for name in present if name not in replaced}
+                _write(temporary, {**kept, **added})
+
+        write_file(self.path, write)
         return AdapterPack(self.path)
 
     @classmethod
@@ -292,12 +300,12 @@ class AdapterPack:
                 f"A pack's name ends in '{PACK_SUFFIX}' and does not begin with a dot, so that a "
                 f"library finds it; not '{file}'. Write '{instead}'."
             )
-        _write(file, adapters)
+        write_file(file, lambda temporary: _write(temporary, adapters))
         return cls(file)
 
     def row(self, name: str) -> Row:
         """Return the number of a member's kind, and its row there."""
-        if name not in self._rows:
+        if not isinstance(name, str) or name not in self._rows:
             raise PeftValueError(
                 f"'{self.path}' has no adapter {name!r}; it has {adapters_there(name, self._rows)}"
             )
@@ -356,7 +364,7 @@ Source = str | os.PathLike[str] | AdapterPack
 
 
 def _write(path: Path, sources: Mapping[str, Source]) -> None:
-    """Write a pack of adapters in folders and in packs."""
+    """Write a new file with adapters in folders and in packs."""
     if not isinstance(sources, Mapping):
         raise PeftTypeError(
             f"Adapters are given by a dictionary: name → folder; got {type(sources).__name__}."
@@ -369,8 +377,7 @@ def _write(path: Path, sources: Mapping[str, Source]) -> None:
     by_kind: dict[Kind, list[str]] = {}
     for name in track(list(sources), "Reading headers", unit="adapter"):
         by_kind.setdefault(_kind_of(name, sources[name]), []).append(name)
-    header = _header(by_kind)
-    write_file(path, lambda temporary: _write_rows(temporary, header, by_kind, sources))
+    _write_rows(path, _header(by_kind), by_kind, sources)
 
 
 def _kind_of(name: str, source: Source) -> Kind:
