@@ -132,7 +132,7 @@ class AdapterLibrary:
     def __contains__(self, name: object) -> bool:
         return name in self._catalog.names
 
-    def __getitem__(self, name: str) -> AdapterEntry:
+    def __getitem__(self, name: str | AdapterEntry) -> AdapterEntry:
         """Return the entry of an adapter, by its name or by its folder's path in the library.
 
         Raises:

@@ -303,7 +303,7 @@ class AdapterPack:
         write_file(file, lambda temporary: _write(temporary, adapters))
         return cls(file)
 
-    def row(self, name: str) -> Row:
+    def row(self, name: object) -> Row:
         """Return the number of a member's kind, and its row there."""
         if not isinstance(name, str) or name not in self._rows:
             raise PeftValueError(

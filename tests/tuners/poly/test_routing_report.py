@@ -346,6 +346,15 @@ def test_tasks_are_drawn_as_asked():
     assert list(sampler) == second
 
 
+def test_samples_of_a_data_set_in_torch_format():
+    """Their tasks are tensors, which are equal by their numbers."""
+    tasks = [torch.tensor(task) for task in (0, 0, 0, 1)]
+    assert TaskSampler(tasks, math.inf).probabilities == {0: 0.5, 1: 0.5}
+    for wrong in (3, [[0], [1]], [torch.tensor([0, 1])]):
+        with pytest.raises(TypeError, match="`tasks"):
+            TaskSampler(wrong)
+
+
 @pytest.mark.parametrize(
     ("tasks", "options"),
     [

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Sized
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ....base.errors import PeftValueError
+from ....base.errors import PeftTypeError, PeftValueError
 
 
 class TaskSampler(Sampler[int]):
@@ -25,6 +25,7 @@ class TaskSampler(Sampler[int]):
         seed: Seed of the order, together with the epoch; the same on all processes.
 
     Raises:
+        PeftTypeError: `tasks` is not a list of ids or names.
         PeftValueError: There are no samples, or a value is not allowed.
 
     Example:
@@ -42,6 +43,10 @@ class TaskSampler(Sampler[int]):
         num_samples: int | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(tasks, Tensor):
+            tasks = tasks.tolist()
+        if not isinstance(tasks, Sized):
+            raise PeftTypeError(f"`tasks`={tasks!r} must be a list with the task of each sample.")
         if not len(tasks):
             raise PeftValueError("`tasks` is empty; pass the task of each sample.")
         if not isinstance(temperature, (int, float)) or not temperature >= 1:
@@ -51,7 +56,10 @@ class TaskSampler(Sampler[int]):
         if num_samples is not None and num_samples < 1:
             raise PeftValueError(f"`num_samples`={num_samples} must be at least 1.")
         self.groups: dict[Hashable, list[int]] = {}
-        for i, task in enumerate(tasks.tolist() if isinstance(tasks, Tensor) else tasks):
+        for i, given in enumerate(tasks):
+            task = given.tolist() if isinstance(given, Tensor) else given  # tensors are never equal
+            if not isinstance(task, Hashable):
+                raise PeftTypeError(f"`tasks[{i}]`={given!r} must be one task, an id or a name.")
             self.groups.setdefault(task, []).append(i)
         self.temperature, self.seed, self.epoch = temperature, seed, 0
         self.num_samples = num_samples or len(tasks)
