@@ -46,6 +46,30 @@ def test_tasks_are_counted_without_padding(places, tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 0
 
 
+def test_watches_that_overlap_see_their_own_calls(places):
+    """Contexts of two threads need not be nested."""
+    model = model_of(places, routing="task")
+    ids = torch.randint(3, 48, (1, 4))
+    first, second = model.watch_experts(), model.watch_experts()
+    one = first.__enter__()
+    model(input_ids=ids, task_ids="LORA")
+    two = second.__enter__()
+    mask = torch.tensor([[0, 1, 1, 1]])
+    model(input_ids=ids, attention_mask=mask, task_ids="LOHA")
+    first.__exit__(None, None, None)
+    model(input_ids=ids, attention_mask=mask, task_ids="POLY.task_2")
+    second.__exit__(None, None, None)
+    for watch, counts in (
+        (one, {"LORA": 4 / 7, "LOHA": 3 / 7}),
+        (two, {"LOHA": 0.5, "POLY.task_2": 0.5}),
+    ):
+        for use in watch.report().layers.values():
+            assert use["chosen"] == pytest.approx([counts.get(name, 0) for name in NAMES])
+    assert not any(
+        layer.watches or layer.routing.is_watched for layer in model.base_model.tuner_layers()
+    )
+
+
 def test_weights_of_the_last_calls_tokens(places):
     model = model_of(places, routing="arrow", top_k=2, routing_level="token")
     with model.watch_experts() as watch:

@@ -79,7 +79,7 @@ class RoutedLayer(RoutingLayer):
         self.routed_experts: AdapterModuleDict[ExpertFactors] = AdapterModuleDict()
         self.routed_options: dict[str, RoutingOptions] = {}
         self.waiting: dict[str, set[int]] = {}
-        self.watches: dict[str, Note] = {}
+        self.watches: dict[str, list[Note]] = {}
 
     def update_layer(
         self,
@@ -179,8 +179,9 @@ class RoutedLayer(RoutingLayer):
         if x.dtype != factors.down.dtype:
             x = self._cast_input_dtype(x, factors.down.dtype)
         choice = self._choice(adapter_name, experts, x)
-        if self.watches and (watch := self.watches.get(adapter_name)) is not None:
-            watch(self, choice, x)
+        if self.watches:
+            for watch in tuple(self.watches.get(adapter_name, ())):
+                watch(self, choice, x)
         scale = self.scaling[adapter_name]
         if isinstance(scale, Tensor) or scale != 1:
             choice = choice._replace(weights=choice.weights * scale)

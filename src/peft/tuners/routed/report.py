@@ -209,17 +209,20 @@ def _weights_by_row(choice: Choice, number: int, x: Tensor) -> Tensor:
 
 @contextmanager
 def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
-    """Context in which a watch sees the choices of an adapter's layers."""
+    """Context in which a watch sees the choices of an adapter's layers; several may overlap."""
     watch, layers = ExpertWatch(adapter), adapter.layers
     routings = {layer.routing for layer in layers.values()}
-    for path, layer in layers.items():
-        layer.watches[adapter.name] = partial(watch.note, path)
+    notes = {layer: partial(watch.note, path) for path, layer in layers.items()}
+    for layer, note in notes.items():
+        layer.watches.setdefault(adapter.name, []).append(note)
     for routing in routings:
         routing.is_watched = True
     try:
         yield watch
     finally:
-        for layer in layers.values():
-            layer.watches.pop(adapter.name, None)
+        for layer, note in notes.items():
+            layer.watches[adapter.name].remove(note)
+            if not layer.watches[adapter.name]:
+                del layer.watches[adapter.name]
         for routing in routings:
-            routing.is_watched = False
+            routing.is_watched = any(layer.watches for layer in notes)
