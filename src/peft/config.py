@@ -109,9 +109,7 @@ class PeftConfig:
         """Raise for unknown fields, with suggestions; Python's own message has none."""
         if not kwargs.keys() <= cls.__dataclass_fields__.keys():
             known = inspect.signature(cls.__init__).parameters
-            takes_any = any(
-                parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()
-            )
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
             if not takes_any and (unknown := [name for name in kwargs if name not in known]):
                 raise PeftTypeError(
                     f"{cls.__name__}.__init__() got {_unknown_fields(unknown, [*known][1:])}"
@@ -197,9 +195,7 @@ class PeftConfig:
         return result
 
     def as_loaded(self: C) -> C:
-        """Return the config that the adapter in a file has in a model; other programs may run the
-        file in another form.
-        """
+        """Return a loaded adapter's config; other programs may run the file in another form."""
         return self
 
     def for_copy(self: C, reference: bool = False) -> C:
