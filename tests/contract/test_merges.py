@@ -398,6 +398,11 @@ class Scaled(nn.Linear):
         return super().forward(x) * 3
 
 
+class Lowered(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.85
+
+
 class Normalized(nn.Linear):
     def forward(self, x):
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1), self.bias)
@@ -445,7 +450,7 @@ class Coarse(nn.Linear):
 
 @pytest.mark.parametrize(
     "kind",
-    [Activated, Scaled, Normalized, Masked, Residual, Counting, Coarse, nn.Linear],
+    [Activated, Scaled, Lowered, Normalized, Masked, Residual, Counting, Coarse, nn.Linear],
     ids=lambda kind: kind.__name__,
 )
 def test_a_merge_warns_of_layers_that_would_compute_something_else(kind):
@@ -465,10 +470,10 @@ def test_a_merge_warns_of_layers_that_would_compute_something_else(kind):
     base._forward_hooks.clear()
     now = {**vars(base), "_parameters": {}, "_forward_hooks": {}}
     assert str(now) == str(state)
-    differs = (model(x) - before).norm() > 0.2 * (before - plain).norm()
+    differs = (model(x) - before).norm() > 0.12 * (before - plain).norm()
     kinds = [text.rpartition("`0` ")[2].partition(",")[0] for text in found]
     assert kinds == ([f"({kind.__name__})"] if differs else [])
-    assert differs == (kind in (Activated, Scaled, Normalized, Masked))
+    assert differs == (kind in (Activated, Scaled, Lowered, Normalized, Masked))
 
 
 def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):
