@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers.methods import METHODS
@@ -206,6 +207,53 @@ def test_a_block_with_sizes_and_no_weight_is_no_linear_map(method):
     assert set(model.peft_config["default"].target_modules) == {"0.linear", "1"}
     with pytest.raises(TypeError, match="`0`"):
         get_peft_model(nn.Sequential(Block(), nn.Linear(8, 8)), method.config(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_layers_whose_sizes_are_numbers_of_numpy(method, kind, tmp_path):
+    """Models that compute their sizes with numpy have layers like others: the same layer with
+    Python's integers gives the same outputs from the same file.
+    """
+
+    def base(number):
+        torch.manual_seed(0)
+        if kind == "linear":
+            layer = nn.Linear(number(8), number(16))
+        elif kind == "conv":
+            layer = nn.Conv2d(number(8), number(16), number(3))
+        else:
+            layer = nn.Embedding(number(8), number(16))
+        return nn.ModuleDict({"layer": layer})
+
+    def call(model):
+        x = {"linear": torch.randn(2, 8), "conv": torch.randn(2, 8, 5, 5)}
+        inputs = x[kind] if kind in x else torch.tensor([[1, 2], [3, 4]])
+        return model.base_model.model["layer"](inputs)
+
+    config = method.config(target_modules="all-linear" if kind == "linear" else ["layer"])
+    if method.call:
+        config.n_tasks = 1
+    try:
+        get_peft_model(base(int), config)
+    except TypeError:
+        with pytest.raises(TypeError, match="is not supported"):
+            get_peft_model(base(np.int64), config)
+        return
+    model = get_peft_model(base(np.int64), config)
+    model.save_pretrained(tmp_path)
+    twin = PeftModel.from_pretrained(base(int), tmp_path)
+    torch.manual_seed(1)
+    output = call(model.eval())
+    torch.manual_seed(1)
+    torch.testing.assert_close(output, call(twin.eval()))
+    assert "int64" not in str(peft.plan(base(np.int64), config))
+
+
+def test_a_model_without_linear_layers_has_no_all_linear_target(method):
+    """The message says what was asked for, and not that nothing was."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3)})
+    with pytest.raises(ValueError, match="modules 'all-linear' not found in the base model"):
+        get_peft_model(model, method.config(target_modules="all-linear"))
 
 
 def test_every_offending_layer_is_named_at_once():

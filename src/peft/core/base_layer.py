@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
@@ -39,28 +40,29 @@ def geometry(module: nn.Module) -> Geometry | None:
 
     Supported are `nn.Linear` and everything with its `in_features` and `out_features` (quantized
     linears), transformers' `Conv1D`, and `nn.Conv1d/2d/3d`. An adapted layer has the size of the
-    layer it adapts.
+    layer it adapts. Models may compute sizes with numpy; a `Geometry` has Python's integers.
     """
     module = innermost(module)
     if isinstance(module, Convolution):
         if not module.in_channels:  # it has not seen its input yet
             return None
         return Geometry(
-            module.out_channels,
-            module.in_channels // module.groups,
-            tuple(module.kernel_size),
-            groups=module.groups,
+            int(module.out_channels),
+            int(module.in_channels // module.groups),
+            tuple(map(int, module.kernel_size)),
+            groups=int(module.groups),
         )
     if is_conv1d(module):
         weight = cast(Tensor, module.weight)
         # DeepSpeed ZeRO-3 empties the weight and keeps its shape.
-        rows, columns = getattr(weight, "ds_shape", weight.shape)
-        return Geometry(columns, rows, transposed=True)
-    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        shape = getattr(weight, "ds_shape", weight.shape)
+        return Geometry(shape[1], shape[0], transposed=True)
+    rows: Any = getattr(module, "out_features", None)
+    columns: Any = getattr(module, "in_features", None)
     # A module with others inside is a block that notes its sizes; a lazy one is of size zero.
     is_layer = isinstance(module, nn.Linear) or not module._modules
-    if is_layer and all(isinstance(size, int) and size > 0 for size in sizes):
-        return Geometry(*sizes)  # type: ignore[arg-type]
+    if is_layer and all(isinstance(size, Integral) and int(size) > 0 for size in (rows, columns)):
+        return Geometry(int(rows), int(columns))
     return None
 
 
@@ -73,7 +75,7 @@ def embedding_geometry(module: nn.Module) -> Geometry | None:
     module = innermost(module)
     if not isinstance(module, nn.Embedding):
         return None
-    return Geometry(module.embedding_dim, module.num_embeddings, transposed=True)
+    return Geometry(int(module.embedding_dim), int(module.num_embeddings), transposed=True)
 
 
 def expected_layout(modules: Iterable[nn.Module], fan_in_fan_out: bool) -> bool:

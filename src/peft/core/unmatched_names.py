@@ -7,7 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from ..base.constants import QA_HEAD_NAMES, SEQ_CLS_HEAD_NAMES
+from ..base.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    QA_HEAD_NAMES,
+    SEQ_CLS_HEAD_NAMES,
+)
 from ..base.errors import PeftWarning, warn
 from ..base.suggestions import near_misses
 from ..config import TargetedConfig
@@ -81,7 +85,9 @@ def counted_names(paths: Iterable[str]) -> str:
 
 def no_target(config: TargetedConfig, paths: Collection[str], adaptable: Collection[str]) -> str:
     """Return the message for a config that matches none of `paths`, with `adaptable` ones."""
-    targets, layers, pattern = config.target_modules or (), *_targets.layer_choice(config)
+    layers, pattern = _targets.layer_choice(config)
+    # Only "all-linear", which stands for the paths that it finds, leaves no targets.
+    targets = config.target_modules or INCLUDE_LINEAR_LAYERS_SHORTHAND
     shown = repr(targets)
     if not isinstance(targets, str):
         shown = "{" + ", ".join(map(repr, sorted(targets))) + "}"
