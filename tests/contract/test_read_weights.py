@@ -5,6 +5,7 @@ gives outputs that an adapter's can't be added to.
 """
 
 import copy
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -250,3 +251,24 @@ def test_a_saved_adapter_of_a_convolution_that_pads_is_merged(name, tmp_path):
         model = PeftModel.from_pretrained(base, tmp_path)
     plain[0].weight.data += model.base_model.model[0].get_delta_weight("default")
     torch.testing.assert_close(model.merge_and_unload()(x), plain(x))
+
+
+class Routing(nn.Linear):
+    """A layer that returns scores and logits, as Llama 4's router does."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_layer_that_returns_a_tuple_is_refused(name):
+    model = nn.ModuleDict({"router": Routing(4, 2), "up": nn.Linear(4, 4)})
+    before = snapshot(model)
+    config = dataclasses.replace(CONVOLUTIONS[name], target_modules=["router"])
+    with pytest.raises(UnsupportedModuleError, match="`router`: Routing has .* returns a tuple"):
+        get_peft_model(model, config)
+    assert_unchanged(before, model)
+    config = dataclasses.replace(config, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="'all-linear' leaves out `router`: Routing has"):
+        assert get_peft_model(model, config).targeted_module_names == ["up"]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_layer import Convolution, conv_options, convolve
+from .base_layer import Convolution, conv_options, convolve, geometry
 from .weights import is_quantized
 
 # The largest relative difference from a product. Rounding to 8 or 4 bits in the forward makes
@@ -18,8 +19,6 @@ from .weights import is_quantized
 _TOLERANCE = 0.25
 # Roundings scatter around a product: a scale of all outputs shows in their mean from a tenth on.
 _SCALES = 2.5
-
-_OTHER_SIZE = -1.0
 
 _PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -34,23 +33,23 @@ def changes_delta(layer: nn.Module) -> bool:
     False too if the layer can't be run by itself, and without a run for a plain layer of torch's.
     Hooks are not run, and what the forward changes are copies of the layer's buffers and modules.
     """
-    return _TOLERANCE < _probed(layer) < torch.inf
+    return _TOLERANCE < _probed(layer, _difference) < torch.inf
 
 
-def resizes_output(layer: nn.Module) -> bool:
-    """Return whether a convolution's outputs have another size than its settings give, as those of
-    one that pads its input by itself. It is found by a run, as in `changes_delta`.
+def has_other_output(layer: nn.Module) -> bool:
+    """Return whether a layer's output is not one tensor of the size that its settings give: it pads
+    its input by itself, or returns a tuple. It is found by a run, as in `changes_delta`.
     """
-    return isinstance(layer, Convolution) and _probed(layer) == _OTHER_SIZE
+    return _probed(layer, _is_other) == 1
 
 
-def _probed(layer: nn.Module) -> float:
-    """Return the relative difference of a layer's outputs from a product, `_OTHER_SIZE` if their
-    sizes differ; NaN if it is unknown.
+def _probed(layer: nn.Module, measure: Callable[[nn.Module, Tensor], float]) -> float:
+    """Return what is measured by runs of a layer; NaN if it has torch's `forward`, or can't be run
+    by itself.
     """
-    weight = layer._parameters.get("weight")
+    weight, size = layer._parameters.get("weight"), geometry(layer)
     unknown = float("nan")
-    if not isinstance(layer, nn.Linear | Convolution) or type(layer).forward in _PLAIN:
+    if size is None or size.transposed or type(layer).forward in _PLAIN:
         return unknown
     if weight is None or weight.is_meta or is_quantized(layer):
         return unknown
@@ -61,40 +60,52 @@ def _probed(layer: nn.Module) -> float:
         return unknown
     try:
         with torch.no_grad():
-            return _difference(layer, weight)
+            return measure(layer, weight)
     except Exception:
         return unknown  # it needs another input, other arguments, another device
 
 
-def _difference(layer: nn.Linear | Convolution, weight: Tensor) -> float:
-    x = torch.randn(_input_shape(layer), generator=torch.Generator().manual_seed(0))
-    x = x.to(weight.device)
+def _is_other(layer: nn.Module, weight: Tensor) -> float:
+    """Return 1 if a layer's output is not one tensor of a product's size, else 0."""
+    x = _input(layer, weight).to(weight.dtype)
+    output = _outputs(layer, x, weight)
+    return float(not isinstance(output, Tensor) or output.shape != _product(layer, x, weight).shape)
+
+
+def _difference(layer: nn.Module, weight: Tensor) -> float:
+    """Return the relative difference of a layer's outputs from a product; NaN if sizes differ."""
+    x = _input(layer, weight)
     # Outputs of some size, where activations bend.
     x = x * (2 / _product(layer, x, weight.float()).square().mean().sqrt())
     x = x.to(weight.dtype)
     other = weight.flip(*range(1, weight.dim()))
-    forward: Any = type(layer).forward
-    before, after = (forward(_with_weight(layer, own), x).double() for own in (weight, other))
+    before, after = (_outputs(layer, x, own).double() for own in (weight, other))
     product = _product(layer, x.double(), other.double() - weight.double())
     if before.shape != product.shape:
-        return _OTHER_SIZE
+        return float("nan")
     found = after - before
     scale = (found * product).sum() / product.square().sum()
     difference = (found - product).norm() / product.norm()
     return float(torch.maximum(difference, _SCALES * (scale - 1).abs()))
 
 
-def _input_shape(layer: nn.Linear | Convolution) -> tuple[int, ...]:
-    """Return the shape of a few rows, or of an image that a kernel moves over."""
-    if isinstance(layer, nn.Linear):
-        return 16, layer.in_features
-    options = conv_options(layer)
-    steps = zip(layer.kernel_size, options["dilation"], options["stride"], strict=True)
-    return 2, layer.in_channels, *(d * (k - 1) + 1 + s for k, d, s in steps)
+def _input(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a few random rows, or images that a kernel moves over."""
+    shape: tuple[int, ...] = 16, weight.shape[1]
+    if isinstance(layer, Convolution):
+        options = conv_options(layer)
+        steps = zip(layer.kernel_size, options["dilation"], options["stride"], strict=True)
+        shape = 2, layer.in_channels, *(d * (k - 1) + 1 + s for k, d, s in steps)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
 
 
-def _product(layer: nn.Linear | Convolution, x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight) if isinstance(layer, nn.Linear) else convolve(layer, x, weight)
+def _outputs(layer: nn.Module, x: Tensor, weight: Tensor) -> Any:
+    """Return what the class's `forward` makes of an input with a weight."""
+    return type(layer).forward(_with_weight(layer, weight), x)
+
+
+def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return convolve(layer, x, weight) if isinstance(layer, Convolution) else F.linear(x, weight)
 
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:

@@ -9,7 +9,7 @@ from ..base.child_uses import child_uses
 from ..base.containers import walk
 from ..integrations import quantization
 from .base_layer import geometry, innermost
-from .forward_probe import resizes_output
+from .forward_probe import has_other_output
 
 
 def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
@@ -43,18 +43,18 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
 
 def lost_reason(parent: nn.Module, name: str) -> str | None:
     """Return the reason why an adapter of the output of `parent.name` would be lost, at least in
-    some calls: the parent computes with the layer's weight; or can't be added to it, since a
-    convolution pads its input by itself. None if the adapter acts.
+    some calls: the parent computes with the layer's weight; or can't be added to it, since the
+    layer returns something else than its product. None if the adapter acts.
 
     A linear layer that is called too is adapted, since one of the two branches is for special
     hardware. A convolution is called once, and read in each step of decoding after that.
     """
     layer, parent = innermost(parent.get_submodule(name)), innermost(parent)
-    if resizes_output(layer):
+    if has_other_output(layer):
         return (
-            f"{type(layer).__name__} has a `forward` of its own, with outputs of another size than "
-            "its settings give (it pads the input, for example), so an adapter's output can't be "
-            "added to them; adapt other layers"
+            f"{type(layer).__name__} has a `forward` of its own, whose output is not one tensor of "
+            "the size that its settings give (it pads the input, or returns a tuple, for example), "
+            "so an adapter's output can't be added to it; adapt other layers"
         )
     kind: type = type(parent)
     uses, size = child_uses(kind), geometry(layer)
