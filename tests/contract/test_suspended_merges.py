@@ -63,21 +63,6 @@ def test_the_second_of_two_tasks_comes_back():
     torch.testing.assert_close(model(x), expected(model, weight, bias, x, a={"task_id": 2}, b={}))
 
 
-def test_a_merged_task_comes_back():
-    """Calls that follow name no task, as before; also one that was merged while disabled."""
-    model, weight, bias = adapted(METHODS["POLY"])
-    x = torch.randn(3, 8, dtype=torch.float64)
-    model.merge_adapter(task_id=1)
-    for task_id in (1, 2):
-        with model.disable_adapter():
-            assert torch.equal(model(x), x @ weight.T + bias)
-            model.merge_adapter(task_id=task_id)
-        wanted = expected(model, weight, bias, x, a={"task_id": task_id})
-        torch.testing.assert_close(model(x), wanted)
-    model.unmerge_adapter()
-    assert torch.equal(model.base_model.model[0].base_layer.weight, weight)
-
-
 @pytest.mark.parametrize("gone", ["a", "b"])
 def test_one_layer_forgets_its_own_merges_alone(gone):
     """LoRA's layer and LoKr's share a weight."""

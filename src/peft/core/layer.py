@@ -335,8 +335,8 @@ class BaseTunerLayer(nn.Module):
                     parameter.requires_grad_(requires_grad and parameter.is_floating_point())
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, which freezes and unmerges them, or on, which undoes both. If
-        the forward computes all that were merged, they stay unmerged.
+        """Switch all adapters off, which freezes and unmerges them, or on, which undoes both;
+        active ones are then computed in the forward and stay unmerged.
         """
         if not enabled and self.merged:
             with loaded_weights(self, self.merged_adapters):

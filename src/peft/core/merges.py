@@ -179,15 +179,8 @@ class Merges:
         return {merge.name for merge in self._suspended if merge.layer is layer}
 
     def lacks_suspended(self, layer: MergeableLayer) -> bool:
-        """Return whether the layer's forward would not compute one of its suspended adapters: it is
-        not active, or its merge had options (a task), which later calls do not pass.
-        """
-        active = layer.active_adapters
-        return any(
-            merge.options or merge.name not in active
-            for merge in self._suspended
-            if merge.layer is layer
-        )
+        """Return whether the layer's forward would not compute one of its suspended adapters."""
+        return bool(self.suspended(layer) - set(layer.active_adapters))
 
     def drop_suspended(self, layer: MergeableLayer, *names: str) -> None:
         """Forget suspended adapters."""
