@@ -140,6 +140,17 @@ def test_merging_in_half_precision_rounds_once(case, dtype):
 # Float8 storage
 
 
+def trains_alone(base, x):
+    """Return whether a cast model without adapters runs backward: convolutions do not on processors
+    where torch's own ones compute bfloat16.
+    """
+    try:
+        base(x.clone().requires_grad_()).float().sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("order", ["cast first", "adapt first"])
 def test_weights_that_are_cast_when_used(case, storage, order):
@@ -166,13 +177,17 @@ def test_weights_that_are_cast_when_used(case, storage, order):
         for name, parameter in plain.named_parameters():
             parameter.copy_(model.get_parameter(name))
     x, call = case.input().to(torch.bfloat16), case.call(0, 2, 1)
+    alone = Model(case.base()).requires_grad_(False)
+    apply_layerwise_casting(alone, **options)
+    has_gradients = trains_alone(alone, x)
     outputs = []
     for run in (plain, model):
         outputs.append(run(x, **call))
-        outputs[-1].float().square().mean().backward()
+        if has_gradients:
+            outputs[-1].float().square().mean().backward()
     assert outputs[1].dtype == torch.bfloat16
     torch.testing.assert_close(outputs[1], outputs[0], atol=0.01, rtol=0.05)
-    for name, gradient in gradients(plain).items():
+    for name, gradient in gradients(plain).items() if has_gradients else ():
         assert alike(gradients(model)[name], gradient)
     assert all(layer.get_base_layer().weight.dtype == storage for layer in layers)
 
