@@ -567,3 +567,19 @@ def test_scales_and_casts_return_whichever_context_ends_first(model, saved):
     casts[1].__exit__(None, None, None)
     assert layer.scaling == before
     assert layer.cast_input_dtype_enabled
+
+
+def test_a_call_runs_while_another_thread_adds_an_adapter(monkeypatch):
+    """The routing asks all configs, of which one more may come at any time."""
+    config = peft.PolyConfig(r=2, n_tasks=2, target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).eval()
+    x = torch.randn(3, 4)
+    expected, configs = model(x, task_ids=[0, 1, 0]), model.peft_config
+
+    def routes_by_input(config):
+        configs.setdefault("new", configs["default"])
+        return False
+
+    monkeypatch.setattr(peft.PolyConfig, "routes_by_input", property(routes_by_input))
+    assert torch.equal(model(x, task_ids=[0, 1, 0]), expected)
+    assert "new" in configs

@@ -341,7 +341,7 @@ class Routing:
         """True if any adapter routes a sample by the mean of its prompt."""
         return self.is_watched or any(
             config.routes_by_input and config.routing_level != "token"
-            for config in self.configs.values()
+            for config in tuple(self.configs.values())  # other threads may add adapters
         )
 
     def _enclosing(self, module: nn.Module) -> RoutedCall | None:
