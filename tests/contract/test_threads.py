@@ -574,12 +574,12 @@ def test_a_call_runs_while_another_thread_adds_an_adapter(monkeypatch):
     config = peft.PolyConfig(r=2, n_tasks=2, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).eval()
     x = torch.randn(3, 4)
-    expected, configs = model(x, task_ids=[0, 1, 0]), model.peft_config
+    expected, configs = model(x, task_ids=[0, 1, 0]), model.base_model.model[0].routing.configs
 
     def routes_by_input(config):
-        configs.setdefault("new", configs["default"])
+        configs[f"new {len(configs)}"] = configs["default"]
         return False
 
     monkeypatch.setattr(peft.PolyConfig, "routes_by_input", property(routes_by_input))
     assert torch.equal(model(x, task_ids=[0, 1, 0]), expected)
-    assert "new" in configs
+    assert "new 1" in configs
