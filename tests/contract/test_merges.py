@@ -476,6 +476,65 @@ def test_a_merge_warns_of_layers_that_would_compute_something_else(kind):
     assert differs == (kind in (Activated, Scaled, Lowered, Normalized, Masked))
 
 
+class Merging(nn.Linear):
+    """Adds a product to its weight in evaluation, as layers of LoRA's first library do."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.product, self.merged = torch.ones(sizes[1], sizes[0]), False
+
+    def train(self, mode=True):
+        if self.merged == mode:
+            self.weight.data += -self.product if mode else self.product
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        weight = self.weight if self.merged else self.weight + self.product
+        return F.linear(x, weight, self.bias)
+
+
+class Noisy(nn.Linear):
+    """Counts calls in a list and a parameter, and adds random numbers."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.calls, self.count = [], nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.append(x.shape)
+        self.count.data.add_(1)
+        self.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x) + 5 * torch.randn(len(x), 1)
+
+
+@pytest.mark.parametrize("kind", [Merging, Noisy], ids=lambda kind: kind.__name__)
+def test_neither_a_new_adapter_nor_a_merge_changes_what_a_forward_would(kind):
+    model = nn.Sequential(kind(8, 8))
+    if kind is Noisy:
+        model[0].weight.data.clamp_(-0.1, 0.1)
+    before = copy.deepcopy(model.state_dict())
+    peft_model = get_peft_model(model, METHODS["LORA"].config(target_modules=["0"]))
+    assert_base(peft_model, before)
+    drawn = torch.random.get_rng_state()
+    assert warnings_of(peft_model.merge_adapter) == []
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    peft_model.unmerge_adapter()
+    assert_base(peft_model, before)
+    assert not getattr(peft_model.base_model.model[0].get_base_layer(), "calls", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_merge_warns_under_another_default_dtype(dtype):
+    model = get_peft_model(nn.Sequential(Scaled(8, 8)), METHODS["LORA"].config(target_modules="0"))
+    torch.set_default_dtype(dtype)
+    try:
+        found = warnings_of(model.merge_adapter)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ["`0` (Scaled)" in text for text in found] == [True]
+
+
 def test_a_layer_that_has_not_what_others_have_merged_is_merged_too(method):
     before, model = adapted((method, {}))
     first, second = model.base_model.tuner_layers()

@@ -31,7 +31,8 @@ def changes_delta(layer: nn.Module) -> bool:
     order, `W'`. Of a product, whatever is added to it, `f(W', x) - f(W, x) = (W' - W)·x`.
 
     False too if the layer can't be run by itself, and without a run for a plain layer of torch's.
-    Hooks are not run, and what the forward changes are copies of the layer's buffers and modules.
+    Hooks are not run. What the forward changes are copies of the layer's parameters, buffers,
+    modules, lists and dictionaries; both runs draw the same random numbers, and take none.
     """
     return _TOLERANCE < _probed(layer, _difference) < torch.inf
 
@@ -68,8 +69,8 @@ def _probed(layer: nn.Module, measure: Callable[[nn.Module, Tensor], float]) -> 
 def _is_other(layer: nn.Module, weight: Tensor) -> float:
     """Return 1 if a layer's output is not one tensor of a product's size, else 0."""
     x = _input(layer, weight).to(weight.dtype)
-    output = _outputs(layer, x, weight)
-    return float(not isinstance(output, Tensor) or output.shape != _product(layer, x, weight).shape)
+    output, product = _outputs(layer, x, weight), _product(layer, x.to("meta"), weight.to("meta"))
+    return float(not isinstance(output, Tensor) or output.shape != product.shape)
 
 
 def _difference(layer: nn.Module, weight: Tensor) -> float:
@@ -80,7 +81,7 @@ def _difference(layer: nn.Module, weight: Tensor) -> float:
     x = x.to(weight.dtype)
     other = weight.flip(*range(1, weight.dim()))
     before, after = (_outputs(layer, x, own).double() for own in (weight, other))
-    product = _product(layer, x.double(), other.double() - weight.double())
+    product = _product(layer, x.double(), other.double().sub_(weight))
     if before.shape != product.shape:
         return float("nan")
     found = after - before
@@ -96,12 +97,15 @@ def _input(layer: nn.Module, weight: Tensor) -> Tensor:
         options = conv_options(layer)
         steps = zip(layer.kernel_size, options["dilation"], options["stride"], strict=True)
         shape = 2, layer.in_channels, *(d * (k - 1) + 1 + s for k, d, s in steps)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return x.to(weight.device)
 
 
 def _outputs(layer: nn.Module, x: Tensor, weight: Tensor) -> Any:
     """Return what the class's `forward` makes of an input with a weight."""
-    return type(layer).forward(_with_weight(layer, weight), x)
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        return type(layer).forward(_with_weight(layer, weight), x)
 
 
 def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +115,11 @@ def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
     """Return a layer in evaluation with another weight, and otherwise as the given one."""
     twin = copy.copy(layer)
-    twin._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    for name, value in vars(layer).items():
+        if isinstance(value, (list, dict, set)):
+            vars(twin)[name] = copy.copy(value)
+    own = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    twin._parameters = copy.deepcopy(own)
     twin._buffers = copy.deepcopy(layer._buffers)
     twin._modules = copy.deepcopy(layer._modules)
-    return twin.eval()
+    return twin.eval()  # of LoRA's first library, this merges into the weight
