@@ -66,8 +66,25 @@ def test_watches_that_overlap_see_their_own_calls(places):
         for use in watch.report().layers.values():
             assert use["chosen"] == pytest.approx([counts.get(name, 0) for name in NAMES])
     assert not any(
-        layer.watches or layer.routing.is_watched for layer in model.base_model.tuner_layers()
+        layer.watches or layer.routing.watches for layer in model.base_model.tuner_layers()
     )
+
+
+def test_a_watch_leaves_padding_out_after_that_of_another_adapter(tmp_path):
+    """The adapters have other layers, and one routing."""
+    for layer in ("q_proj", "down_proj"):
+        (tmp_path / f"of_{layer}").mkdir()
+        places, _ = saved_adapters(llama(), tmp_path / f"of_{layer}", [layer], ["LORA", "LOHA"])
+        peft.get_routed_model(llama(), places, routing="task").save_pretrained(tmp_path / layer)
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "q_proj").eval()
+    model.load_adapter(str(tmp_path / "down_proj"), "other")
+    model.base_model.set_adapter(["default", "other"])
+    with model.watch_experts("other") as watch:
+        with model.watch_experts("default"):
+            pass
+        mask = torch.tensor([[0, 1, 1, 1]])
+        model(input_ids=torch.randint(3, 48, (1, 4)), attention_mask=mask, task_ids="LORA")
+    assert [use["tokens"] for use in watch.report().layers.values()] == [3, 3]
 
 
 def test_weights_of_the_last_calls_tokens(places):

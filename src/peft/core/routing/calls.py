@@ -117,7 +117,7 @@ class Routing:
         is_encoder_decoder, is_causal: The kind of model.
         stack: The calls in progress.
         recorded: Task ids of the calls inside `recording`; None outside it.
-        is_watched: True while `real_tokens` is asked for.
+        watches: The readers that ask for `real_tokens` now.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,7 +134,7 @@ class Routing:
         )
         self.stack: CallStack[RoutedCall] = CallStack()
         self.recorded: list[Tensor] | None = None
-        self.is_watched = False
+        self.watches: list[object] = []
 
     def attach(
         self, model: nn.Module, adapter_name: str, config: RoutingConfig, layer: BaseTunerLayer
@@ -328,7 +328,7 @@ class Routing:
 
     def real_tokens(self, x: Tensor, layer: BaseTunerLayer) -> Tensor | None:
         """Return a mask of a layer's input `[rows, tokens, in]`, true at real tokens, in a call
-        while `is_watched`; None if all are, or it is unknown.
+        with `watches`; None if all are, or it is unknown.
         """
         call = self.stack.current
         mask = None if call is None else call.prompt.masks.get(layer.layout.stream + ANSWERED)
@@ -339,7 +339,7 @@ class Routing:
     @property
     def _pools(self) -> bool:
         """True if any adapter routes a sample by the mean of its prompt."""
-        return self.is_watched or any(
+        return bool(self.watches) or any(
             config.routes_by_input and config.routing_level != "token"
             for config in tuple(self.configs.values())  # other threads may add adapters
         )

@@ -216,7 +216,7 @@ def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
     for layer, note in notes.items():
         layer.watches.setdefault(adapter.name, []).append(note)
     for routing in routings:
-        routing.is_watched = True
+        routing.watches.append(watch)
     try:
         yield watch
     finally:
@@ -225,4 +225,4 @@ def watch_experts(adapter: RoutedAdapter) -> Iterator[ExpertWatch]:
             if not layer.watches[adapter.name]:
                 del layer.watches[adapter.name]
         for routing in routings:
-            routing.is_watched = any(layer.watches for layer in notes)
+            routing.watches.remove(watch)
