@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .base.containers import walk
 from .base.errors import PeftTypeError, PeftValueError, warn
@@ -235,6 +236,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     full, is_cut = full_sizes(model), False
     for parameter in model.parameters():
+        if is_lazy(parameter):
+            continue  # its size is not known yet
         # ZeRO-3 empties parameters, and FSDP1 leaves each process a slice.
         own = parameter.numel() or getattr(parameter, "ds_numel", 0)
         count = full.get(id(parameter), own)

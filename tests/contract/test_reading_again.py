@@ -46,7 +46,10 @@ def test_an_error_of_files_that_stay_is_raised(tmp_path):
 
 def test_a_device_that_is_none(tmp_path):
     get_peft_model(mlp(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    for device in ("nowhere", 1.5, "meta", "cuda:99"):
+    first = [] if torch.cuda.is_available() else [0]
+    for device in ("nowhere", 1.5, "meta", "cuda:99", 99, 10**30, *first):
         with pytest.raises(ValueError, match=f"{device!r} is not a device with .* pass 'cpu'"):
             load_peft_weights(tmp_path, device)
-    assert all(t.device == torch.device("cpu") for t in load_peft_weights(tmp_path).values())
+    for device in (None, "cpu", "cpu:0"):
+        tensors = load_peft_weights(tmp_path, device).values()
+        assert all(tensor.device == torch.device("cpu") for tensor in tensors)

@@ -673,6 +673,18 @@ def test_layers_that_have_not_seen_their_input(method):
         model(x, **method.call)
     assert not any(parameter.requires_grad for parameter in lazy.parameters())
     model(x, **method.call).sum().backward()
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)), method.config(target_modules=["0"])
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    assert total == trainable + 8 * 8 + 8  # the lazy ones have no size yet
+    fields = [{"modules_to_save": ["1"]}]
+    fields += [{"bias": "all"}] if hasattr(method.config(), "bias") else []
+    for field in fields:
+        base = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+        with pytest.raises(peft.PeftError, match="`1` has not seen its input yet"):
+            get_peft_model(base, method.config(target_modules=["0"], **field))
+        assert type(base[0]) is nn.Linear and base[0].weight.requires_grad
     for kind in (nn.LazyLinear(4), nn.LazyConv1d(4, 3), nn.LazyConv2d(4, 3)):
         with pytest.raises(
             peft.base.errors.UnsupportedModuleError, match="`0`: Target module Lazy"

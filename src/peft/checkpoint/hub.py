@@ -76,7 +76,7 @@ def _warn_of_unknown(options: set[str], caller: str) -> None:
 
 def load_peft_weights(
     model_id: str | os.PathLike,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     key_mapping: dict[str, str] | None = None,
     **hub_options: object,
 ) -> dict[str, Tensor]:
@@ -95,16 +95,17 @@ def load_peft_weights(
         PeftValueError: `device` is not a device that can hold the tensors.
     """
     options = only_hub_options(hub_options, "load_peft_weights")
+    there = torch.device("meta")
     try:
-        has_values = not torch.empty(0, device=device or "cpu").is_meta
-    except (RuntimeError, TypeError, AssertionError):  # the last where torch has no CUDA
-        has_values = False
-    if not has_values:
+        there = torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        pass  # the last where torch has no CUDA
+    if there.type == "meta":
         raise PeftValueError(
             f"{device!r} is not a device with tensors here: pass 'cpu', 'cuda', 'cuda:1', …"
         )
     path = find_file(model_id, WEIGHTS_FILES, options)
-    return with_mapped_keys(read_weights(path, device or "cpu"), key_mapping or {})
+    return with_mapped_keys(read_weights(path, there), key_mapping or {})
 
 
 def with_mapped_keys(

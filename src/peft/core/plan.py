@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..base.constants import (
@@ -224,7 +225,17 @@ def _biases(plan: Plan[C], modules: Mapping[str, nn.Module]) -> Iterator[nn.Para
         bias = base_layer.innermost(module)._parameters.get("bias")
         is_free = path not in tokens.indices and path not in tokens.tied
         if bias is not None and is_free and (is_adapted or chosen == "all"):
+            _check_sizes(path, [bias])
             yield bias
+
+
+def _check_sizes(path: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise `PeftValueError` if parameters to train are lazy."""
+    if any(map(is_lazy, parameters)):
+        raise PeftValueError(
+            f"`{path}` has not seen its input yet, so its parameters have no sizes, and can't be "
+            "trained with the adapter; call the model once before."
+        )
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -255,6 +266,8 @@ def _trainable_copies(
         for p, m in found.items()
         if not any(p != other and _targets.is_inside(p, other) for other in found)
     }
+    for path, module in outermost.items():
+        _check_sizes(path, module.parameters())
     if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
         named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())
         raise PeftTypeError(
