@@ -272,3 +272,38 @@ def test_a_layer_that_returns_a_tuple_is_refused(name):
     config = dataclasses.replace(config, target_modules="all-linear")
     with pytest.warns(UserWarning, match="'all-linear' leaves out `router`: Routing has"):
         assert get_peft_model(model, config).targeted_module_names == ["up"]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_layer_that_returns_a_tuple_is_named_in_its_first_call(name):
+    """On the meta device its `forward` can't be tried."""
+    with torch.device("meta"):
+        model = nn.Sequential(Routing(4, 2))
+    model = get_peft_model(model, CONVOLUTIONS[name])
+    model.add_adapter("other", CONVOLUTIONS[name])
+    x = torch.randn(2, 3, 4, device="meta")
+    for names in (None, ["other"] * 2, ["default", "other"]):
+        with pytest.raises(
+            UnsupportedModuleError, match="Routing returned a tuple, not one tensor"
+        ):
+            model(x) if names is None else model(x, adapter_names=names)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_layer_that_returns_a_tuple_runs_where_no_adapter_acts(name, tmp_path):
+    """Merged adapters act through the weight; another adapter may not have the layer."""
+    linear = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+    get_peft_model(linear, CONVOLUTIONS[name]).save_pretrained(tmp_path)
+    base = nn.ModuleList([Routing(4, 2), nn.Linear(2, 2)])
+    plain, x = copy.deepcopy(base[0]), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="`0`: Routing has a `forward` of its own"):
+        model = PeftModel.from_pretrained(base, tmp_path)
+    layer = base[0]
+    with pytest.raises(UnsupportedModuleError, match="Routing returned a tuple"):
+        layer(x)
+    model.add_adapter("other", dataclasses.replace(CONVOLUTIONS[name], target_modules=["1"]))
+    model.set_adapter("other")
+    torch.testing.assert_close(layer(x), plain(x))
+    model.merge_adapter(["default"])
+    plain.weight.data += layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(x), plain(x))

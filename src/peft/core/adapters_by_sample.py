@@ -13,6 +13,7 @@ from ..base.calls.adapter_batch import AdapterBatch
 from ..base.calls.layout import RowLayout
 from ..base.calls.rows import RowOwners
 from ..ops.nested import dense
+from .base_layer import no_product
 
 
 class _Layer(Protocol):
@@ -36,7 +37,11 @@ def apply_to_batch(layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor
     if batch.only is not None:
         if batch.only not in layer.scaling:
             return result
-        return layer.apply_to_any(batch.only, x, result).to(result.dtype)
+        try:
+            dtype = result.dtype
+        except AttributeError:
+            raise no_product(layer, result) from None
+        return layer.apply_to_any(batch.only, x, result).to(dtype)
     owners, x = batch.row_owners(x, layer), dense(x)
     if not owners.sequence_first:
         return layer.apply_by_sample(batch, x, result, owners)
@@ -56,10 +61,14 @@ def apply_one_by_one(
     if not by_adapter:
         return result
     owner = owners.owner
+    try:
+        dtype = result.dtype
+    except AttributeError:
+        raise no_product(layer, result) from None
     changed = [
         layer.apply_to_samples(
             name, batch.samples[name], x[rows], result[rows], None if owner is None else owner[rows]
-        ).to(result.dtype)
+        ).to(dtype)
         for name, rows in by_adapter.items()
     ]
     return result.index_copy(0, torch.cat(list(by_adapter.values())), torch.cat(changed))

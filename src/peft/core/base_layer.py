@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, cast
 from torch import Tensor, nn
 
 from ..base.containers import walk
-from ..base.errors import warn
+from ..base.errors import UnsupportedModuleError, warn
 from ..base.geometry import Geometry
 
 L = TypeVar("L", bound=nn.Module)
@@ -163,6 +163,14 @@ def describe(module: nn.Module) -> str:
     """Return a module's kind and size, for messages."""
     text = repr(innermost(module)).splitlines()
     return text[0] if len(text) == 1 else type(module).__name__
+
+
+def no_product(module: Any, output: object) -> UnsupportedModuleError:
+    """Return the error for an output that an adapter's can't be added to."""
+    return UnsupportedModuleError(
+        f"{type(innermost(module)).__name__} returned a {type(output).__name__}, not one tensor, "
+        "so an adapter's output can't be added to it; leave the layer out (`exclude_modules`)."
+    )
 
 
 def conv_options(module: nn.Module) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, dense, nested_like
 from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
-from .base_layer import embedding_geometry, geometry, innermost
+from .base_layer import embedding_geometry, geometry, innermost, no_product
 from .merge_requests import check_order, checked_names, warn_of_merged
 from .merges import Merge, Merges
 from .method_info import AdapterCost
@@ -49,7 +49,6 @@ class BaseTunerLayer(nn.Module):
         other_param_names: Attributes with values by adapter name that the interface lists.
         container_names: All containers, by default `adapter_layer_names`.
         value_names: All values except `scaling`, by default `other_param_names`.
-        base_layer: The adapted layer.
         scaling: The scale of each adapter's delta, by name. Its keys are the layer's adapters.
         merged_adapters: Adapters merged into the base weight, in the order of merging.
         layout: The layout of the rows of its input.
@@ -119,12 +118,17 @@ class BaseTunerLayer(nn.Module):
         active, scaling, merged = self._active_adapter, self.scaling, self.merged_adapters
         active = (active,) if isinstance(active, str) else active  # type: ignore[assignment]
         names = [name for name in active if name in scaling and name not in merged]
+        if not names:
+            return base(x, *args, **kwargs)
         chain = None
-        if names and not (args or kwargs) and can_fuse(base, x):
+        if not (args or kwargs) and can_fuse(base, x):
             chain = self.delta_chain(names[0], x)
         if chain is None:
             result = base(x, *args, **kwargs)
-            dtype = result.dtype
+            try:
+                dtype = result.dtype
+            except AttributeError:
+                raise no_product(base, result) from None
         else:
             result, dtype, names = linear_with_chain(base, x, chain), x.dtype, names[1:]
         for adapter_name in names:
@@ -139,9 +143,8 @@ class BaseTunerLayer(nn.Module):
         return add_to_output(self._modules["base_layer"], chain, result)
 
     def delta_chain(self, adapter_name: str, x: Tensor) -> Chain | None:
-        """Return the delta as a chain of products, to compute together with the base layer's.
-
-        None, decided before anything is computed, if the delta is more (dropout, hooks).
+        """Return the delta as a chain of products, to compute together with the base layer's; None,
+        decided before anything is computed, if the delta is more (dropout, hooks).
         """
         return None
 
@@ -189,9 +192,8 @@ class BaseTunerLayer(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter's delta is a matrix, and so has low-rank factors."""
-        kind, base = type(self), BaseTunerLayer
-        is_stated = kind.get_delta_weight is not base.get_delta_weight
-        return is_stated or kind.delta_recipe is not base.delta_recipe
+        own, stated = type(self), ("get_delta_weight", "delta_recipe")
+        return any(getattr(own, name) is not getattr(BaseTunerLayer, name) for name in stated)
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
@@ -239,11 +241,9 @@ class BaseTunerLayer(nn.Module):
     def apply_to_samples(
         self, adapter_name: str, samples: list[int], x: Tensor, result: Tensor, owner: Tensor | None
     ) -> Tensor:
-        """Apply an adapter to the rows of some samples, given by number. A method that treats
-        samples differently overrides this.
-
-        `owner` has the number of each row's sample; None where each sample has the same number of
-        rows, one after the other.
+        """Apply an adapter to the rows of some samples, given by number; `owner` has that of each
+        row, None where each sample has the same number of rows, one after the other. A method that
+        treats samples differently overrides this.
         """
         return self.apply_adapter(adapter_name, x, result)
 
