@@ -6,6 +6,7 @@ of it.
 import contextlib
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -733,6 +734,16 @@ def test_an_adapted_embedding_is_saved_with_its_adapter(target, tmp_path):
     assert not any("base_layer" in key for key in get_peft_model_state_dict(
         model, save_embedding_layers=False
     ))  # fmt: skip
+
+
+def test_a_layer_inside_a_head_is_no_embedding():
+    """The head of ESM's models is a stack of layers, `lm_head.decoder` the last."""
+    model = nn.ModuleDict({"lm_head": nn.ModuleDict({"decoder": nn.Linear(4, 8)})})
+    config = peft.LoraConfig(r=2, target_modules=r"lm_head\.decoder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = get_peft_model_state_dict(get_peft_model(model, config))
+    assert {key.rsplit(".", 2)[1] for key in state} == {"lora_A", "lora_B"}
 
 
 def test_a_compact_state_is_for_inference(tmp_path):

@@ -144,13 +144,15 @@ def _embeddings_to_save(
     """Return the token embeddings that "auto" adds to a checkpoint: keys, or True for all."""
     # Other writers of the format add the weight of adapted embeddings under these two names only.
     targets = getattr(config, "target_modules", None) or ()
-    if any(name in targets for name in ("embed_tokens", "lm_head")):
+    names = map(unwrapped_name, named)
+    if any(name in targets for name in ("embed_tokens", "lm_head")) and (
+        adapted := {name for name in names if is_embedding(name) and ".base_layer." in name}
+    ):
         warn(
             "Setting `save_embedding_layers` to `True` as embedding layers found in "
             "`target_modules`."
         )
-        names = map(unwrapped_name, named)
-        return {name for name in names if is_embedding(name) and ".base_layer." in name}
+        return adapted
     if was_resized(model, config):
         warn(
             "Setting `save_embedding_layers` to `True` as the embedding layer has been resized "
