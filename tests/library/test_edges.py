@@ -467,6 +467,12 @@ def test_arguments_of_a_library(small, tmp_path):
         small.remove("users/a", delete_files="no")
     with pytest.raises(PeftTypeError, match="`autocast_adapter_dtype`=2 must be True or False"):
         small.add_to(mlp(), "users/a", autocast_adapter_dtype=2)
+    with pytest.raises(PeftTypeError, match="named by one string, not \\['b'\\]"):
+        small.add_to(mlp(), {"users/a": ["b"]})
+    with pytest.raises(PeftTypeError, match="`subfolder`=5 must be a path"):
+        small.add(folder, subfolder=5)
+    with pytest.raises(CheckpointNotFoundError, match="has no folder 'b'"):
+        small.add(folder / "users", subfolder="b")
 
 
 def test_what_is_gone_leaves_the_memory(small):

@@ -234,8 +234,27 @@ def test_errors_leave_the_model(library, outputs, folder):
         AdapterFleet(base, folder)
     with pytest.raises(PeftValueError, match="`max_adapters`=0"):
         AdapterFleet(base, library, max_adapters=0)
-    with pytest.raises(PeftValueError, match="'users/ben' is not among the 1"):
-        fleet.evict(BEN)
+    for names in (BEN, [ADA, BEN], library[BEN]):
+        with pytest.raises(PeftValueError, match="'users/ben' is not among the 1"):
+            fleet.evict(names)
+    for call, wrong in ((fleet.evict, 5), (fleet.evict, [[ADA]]), (fleet.activate, [ADA, BEN])):
+        with pytest.raises(PeftTypeError, match="must be a name|named by (one|a) string"):
+            call(wrong)
+    with pytest.raises(PeftValueError, match="no adapter '__base__'"):
+        AdapterFleet(mlp(), library).activate("__base__")
+    assert ADA in fleet
+
+
+def test_entries_stand_for_their_names(library):
+    ada = library[ADA]
+    fleet = AdapterFleet(mlp(), library)
+    assert ada in library and ada not in fleet
+    assert fleet.ensure([ada, "__base__", ada]) == [ADA, "__base__", ADA]
+    assert ada in fleet and {ada: 1}[library[ADA]] == 1
+    assert adapter_sizes(fleet.model, ada) == adapter_sizes(fleet.model, ADA)
+    fleet.activate(ada)
+    assert fleet.model.active_adapters == [ADA]
+    assert fleet.evict(ada) == [ADA] and ada not in fleet
 
 
 def test_a_change_costs_the_same_beside_many_others(folder, library):

@@ -281,6 +281,10 @@ def test_sizes_count_whole_modules_and_token_rows():
     assert adapter_sizes(model, ["b"]) == {"b": 4 * (24 + 32)}
     with pytest.raises(TypeError, match="Sizes are those of adapters on a model"):
         adapter_sizes(3)
+    assert adapter_sizes(model, "b") == adapter_sizes(model, ["b"])
+    for names in (5, [["b"]]):
+        with pytest.raises(TypeError, match="must be a name or a list|named by one string"):
+            adapter_sizes(model, names)
 
 
 def test_a_copied_library_begins_with_an_empty_memory(library):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.constants import MODEL_ROOT, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_FILES
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError, warn
 from .files import read_weights
-from .paths import check_path
+from .paths import as_path, check_path
 
 T = TypeVar("T")
 # Keyword arguments of huggingface_hub by name.
@@ -57,6 +57,7 @@ def split_hub_options(options: Mapping[str, T]) -> tuple[HubOptions, dict[str, T
     }
     if options.get("use_auth_token") is not None:
         hub.setdefault("token", options["use_auth_token"])
+    as_path(hub.get("subfolder", ""), "subfolder")
     dropped = HUB_OPTIONS | _OBSOLETE
     return hub, {key: value for key, value in options.items() if key not in dropped}
 

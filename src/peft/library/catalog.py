@@ -11,7 +11,7 @@ from ..core.adapter_names import check_name
 from .entry import AdapterEntry, Place
 from .index import Index, LeftOut
 from .listing import AdapterList
-from .naming import Names, listed
+from .naming import Names, listed, name_of
 
 
 class Catalog:
@@ -42,8 +42,7 @@ class Catalog:
             PeftTypeError: It is none of these.
             PeftValueError: There is none.
         """
-        if isinstance(name, AdapterEntry):
-            name = name.name
+        name = name_of(name)
         if not isinstance(name, str):
             raise PeftTypeError(f"An adapter is named by a string, got {name!r}.")
         found = self.names.get(name) or self.index.entries.get(Place(name))

@@ -91,7 +91,7 @@ class AdapterEntry:
     sha256: str = ""
     config_sha256: str = ""
     tags: tuple[str, ...] = ()
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict, hash=False)
     stamps: Stamps = field(default=(), repr=False)
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX, Condition
@@ -15,11 +15,11 @@ from torch import nn
 from ..base.calls.adapter_batch import BASE_MODEL
 from ..base.errors import PeftRuntimeError, PeftTypeError, PeftValueError
 from ..base.tables import in_bytes, table
-from ..base.validation import at_least, check_flags, number
+from ..base.validation import at_least, check_adapter, check_flags, number
 from ..peft_model import PeftModel
 from .entry import AdapterEntry
 from .library import AdapterLibrary
-from .naming import Names, listed
+from .naming import Names, listed, name_of
 from .placing import adapter_sizes, put_on
 
 
@@ -138,7 +138,7 @@ class AdapterFleet:
         return f"AdapterFleet({len(self._held)} of {len(self.library)} adapters on the model)"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._on_model()
+        return name_of(name) in self._on_model()
 
     def status(self) -> FleetStatus:
         """Return the adapters on the model, their sizes, and how often adapters came and went."""
@@ -224,29 +224,33 @@ class AdapterFleet:
         """Put an adapter on the model and make it the active one, frozen.
 
         Raises:
+            PeftTypeError: It is not one name.
             As `ensure`.
         """
+        entry = self.library[name]
         with self._lock:
-            (there,) = self.ensure(name)
+            (there,) = self.ensure(entry)
             self._peft_model().set_adapter(there, inference_mode=True)
 
-    def evict(self, names: str | Iterable[str] | None = None) -> list[str]:
+    def evict(self, names: Names | None = None) -> list[str]:
         """Take adapters off the model, by default all of the fleet's; return their names.
 
         Raises:
+            PeftTypeError: One is not a name.
             PeftValueError: One is not on the model, or not the fleet's.
             PeftRuntimeError: One is in use.
         """
         with self._lock:
             self._reconcile()
-            chosen = list(self._held) if names is None else names
-            chosen = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
+            chosen = list(self._held) if names is None else [*map(name_of, listed(names))]
             for name in chosen:
+                check_adapter(name)
                 if name not in self._held:
                     raise PeftValueError(
                         f"{name!r} is not among the {len(self._held)} adapters that this fleet has "
                         "on the model."
                     )
+            chosen = list(dict.fromkeys(chosen))
             self._check_unused(chosen)
             for name in chosen:
                 self._drop(name)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..base.errors import CheckpointError, CheckpointNotFoundError, PeftValueError, warn
-from ..base.validation import at_least, check_flags
+from ..base.validation import at_least, check_adapter, check_flags
 from ..checkpoint.hub import local_folder, only_hub_options
 from ..checkpoint.paths import as_path, check_path
 from ..peft_model import PeftModel
@@ -24,7 +24,7 @@ from .content import Content, ContentCache, LoadedAdapter
 from .entry import AdapterEntry, Place, checked_scores, checked_tags
 from .index import INDEX_NAME, Index, IndexFile, LeftOut
 from .listing import AdapterList, LibraryReport, select
-from .naming import Names
+from .naming import Names, name_of
 from .placing import check_one_base, put_on
 from .reading import Reader
 from .refreshing import LibraryChanges, look
@@ -130,7 +130,7 @@ class AdapterLibrary:
         return iter(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._catalog.names
+        return name_of(name) in self._catalog.names
 
     def __getitem__(self, name: str | AdapterEntry) -> AdapterEntry:
         """Return the entry of an adapter, by its name or by its folder's path in the library.
@@ -261,6 +261,8 @@ class AdapterLibrary:
             )
         words, numbers = checked_tags(tags), checked_scores(scores)
         folder = local_folder(source, options.get("subfolder"))
+        if folder is not None and not folder.is_dir():
+            raise CheckpointNotFoundError(f"'{source}' has no folder '{options['subfolder']}'.")
         if folder is None:
             entry = adding.on_hub(os.fspath(source), options)
             place = entry.place
@@ -414,6 +416,8 @@ class AdapterLibrary:
         """
         check_flags(autocast_adapter_dtype=autocast_adapter_dtype)
         if isinstance(names, Mapping):
+            for new in names.values():
+                check_adapter(new)
             pairs = {new: self._catalog.find(name) for name, new in names.items()}
             if len(pairs) < len(names):
                 raise PeftValueError(f"`names`={dict(names)} gives one name to several adapters.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from ..base.errors import PeftTypeError, PeftValueError
 from ..core.adapter_names import check_name
@@ -51,3 +52,8 @@ def listed(names: Names, argument: str = "names") -> list[str | AdapterEntry]:
     if not isinstance(names, Iterable):
         raise PeftTypeError(f"`{argument}`={names!r} must be a name or a list of names.")
     return list(names)
+
+
+def name_of(name: Any) -> Any:
+    """Return the name of an entry, and anything else as it is."""
+    return name.name if isinstance(name, AdapterEntry) else name

@@ -13,6 +13,7 @@ from ..base.errors import PeftTypeError, PeftValueError
 from ..base.modules import check_model
 from ..base.progress import track
 from ..base.registry import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType
+from ..base.validation import check_adapter
 from ..config import PeftConfig
 from ..core.adapter_names import check_name
 from ..core.auxiliary import AuxiliaryTrainingWrapper
@@ -24,6 +25,7 @@ from ..mixed_model import PeftMixedModel
 from ..peft_model import PeftModel
 from .content import Content
 from .entry import AdapterEntry
+from .naming import Names, listed, name_of
 
 
 def put_on(
@@ -130,17 +132,17 @@ def check_one_base(entries: Sequence[AdapterEntry]) -> None:
         )
 
 
-def adapter_sizes(model: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:
+def adapter_sizes(model: nn.Module, names: Names | None = None) -> dict[str, int]:
     """Return the bytes of each adapter's own tensors on a model, by name.
 
     What adapters share (a VB-LoRA bank in a file of its own) is counted with none of them.
 
     Args:
         model: A `PeftModel`, or a model that adapters were injected into.
-        names: Which adapters, by default all.
+        names: Which adapters, by default all. One that the model lacks has no bytes.
 
     Raises:
-        PeftTypeError: `model` is not a torch module.
+        PeftTypeError: `model` is not a torch module, or `names` are not names.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -150,9 +152,12 @@ def adapter_sizes(model: nn.Module, names: Collection[str] | None = None) -> dic
     """
     if not isinstance(model, nn.Module):
         raise PeftTypeError(f"Sizes are those of adapters on a model, got {type(model)}.")
+    wanted: list[str] | None = None if names is None else [*map(name_of, listed(names))]
+    for name in wanted or ():
+        check_adapter(name)
     seen: dict[int, Tensor] = {}  # holds views, whose ids would be given again
-    sizes = dict.fromkeys(names or (), 0)
-    for name, tensor in _tensors(model, names):
+    sizes = dict.fromkeys(wanted or (), 0)
+    for name, tensor in _tensors(model, wanted):
         if id(tensor) not in seen:
             seen[id(tensor)] = tensor
             sizes[name] = sizes.get(name, 0) + tensor.nbytes
