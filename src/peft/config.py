@@ -36,6 +36,7 @@ from .base.validation import (
     pattern_dict,
     probability,
     regex,
+    text,
     token_indices,
 )
 from .checkpoint.files import CONFIG_NAME, read_json, write_config
@@ -156,8 +157,7 @@ class PeftConfig:
     def _problems(self) -> Iterator[str]:
         """Yield a sentence for each value that is not allowed; subclasses add their rules."""
         for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                yield f"`{name}`={getattr(self, name)!r} must be a string or None."
+            yield from text(name, getattr(self, name))
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             yield (

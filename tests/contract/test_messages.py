@@ -22,10 +22,11 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     plan,
+    save_lokr_file,
     set_peft_model_state_dict,
 )
 from peft.base import missing_attribute
-from peft.tuners.poly import TaskCollator
+from peft.tuners.poly import TaskCollator, routing_loss
 from peft.tuners.vblora import VectorBank
 from peft.utils.hotswap import hotswap_adapter
 
@@ -369,11 +370,14 @@ def test_choices_that_are_misspelt():
         mixed.add_adapter("b", {"r": 2})
 
 
-def mistakes():
+def mistakes(file):
     base = nn.Sequential(nn.Linear(8, 8))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
     key, layer = next(iter(get_peft_model_state_dict(model))), model.base_model.model[0]
     digest = "a" * 64
+    collate = TaskCollator(list, PolyConfig())
+    poly = get_peft_model(mlp(), PolyConfig(target_modules=["0"]))
+    lokr = get_peft_model(mlp(), LoKrConfig(target_modules=["0"]))
     return [
         (lambda: layer.set_scale("default", "a"), TypeError, "`scale`='a' must be a number"),
         (
@@ -395,16 +399,26 @@ def mistakes():
         (lambda: TaskCollator(None, PolyConfig()), TypeError, "`collator`=None must be a function"),
         (lambda: TaskCollator(list, LoraConfig()), TypeError, "a PolyConfig, not LoraConfig"),
         (lambda: TaskCollator(list, PolyConfig(), copies=0), ValueError, "`copies`=0"),
+        (lambda: collate([]), ValueError, "The batch has no samples"),
+        (lambda: collate({"x": 1}), TypeError, "must be a list of dictionaries"),
+        (lambda: collate(["x"]), TypeError, "must be a list of dictionaries"),
+        (lambda: collate([{"task_ids": 0}]), TypeError, "`collator` made a list"),
+        (lambda: routing_loss(poly, entropy="a"), ValueError, "`entropy`='a' must be a finite"),
+        (lambda: routing_loss(poly, balance=[1]), ValueError, r"`balance`=\[1\] must be a finite"),
+        (lambda: routing_loss(poly, record=[]), TypeError, "`record` must be that of"),
+        (lambda: save_lokr_file(lokr, file, component=3), TypeError, "`component`=3 must be a str"),
+        (lambda: save_lokr_file(lokr, file, metadata={"a": 1}), TypeError, "dictionary of strings"),
         (lambda: VectorBank(torch.ones(2, 2), ["xyz"]), TypeError, "must be a list of digests"),
         (lambda: VectorBank(torch.ones(2, 2), [digest, 1]), TypeError, "must be a list of digests"),
     ]
 
 
-@pytest.mark.parametrize("case", range(10))
-def test_arguments_that_were_taken_or_failed_with_a_bare_error(case):
-    call, error, message = mistakes()[case]
-    with pytest.raises(error, match=message):
-        call()
+def test_arguments_that_were_taken_or_failed_with_a_bare_error(tmp_path):
+    for call, error, message in mistakes(tmp_path / "file.safetensors"):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert isinstance(caught.value, peft.PeftError)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ def boolean(name: str, value: object) -> Iterator[str]:
         yield f"`{name}`={value!r} must be True or False."
 
 
+def text(name: str, value: object) -> Iterator[str]:
+    """Require a string, or None."""
+    if not isinstance(value, (str, type(None))):
+        yield f"`{name}`={value!r} must be a string or None."
+
+
 def choice(name: str, value: object, allowed: Iterable[object]) -> Iterator[str]:
     """Require one of `allowed`."""
     allowed = list(allowed)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ...base.registry import PeftType
-from ...base.validation import LayerIndices, TokenIndices
+from ...base.validation import LayerIndices, TokenIndices, text
 from ...config import TargetedConfig, at_least, boolean, choice, number, probability
 
 _SWITCHES = (
@@ -151,8 +151,7 @@ class VBLoRAConfig(TargetedConfig):
         dtypes = ("float32", "float16", "bfloat16")
         yield from choice("topk_weights_dtype", self.topk_weights_dtype, dtypes)
         for name in ("bank", "bank_sha256"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                yield f"`{name}`={getattr(self, name)!r} must be a string or None."
+            yield from text(name, getattr(self, name))
         yield from choice("bias", self.bias, ("none", "all", "vblora_only"))
         yield from number("init_vector_bank_bound", self.init_vector_bank_bound, positive=True)
         yield from number("init_logits_std", self.init_logits_std)

@@ -17,7 +17,7 @@ from ....base.errors import CheckpointError, PeftTypeError, PeftValueError
 from ....base.plain_values import json_object
 from ....base.registry import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, lookup
 from ....base.suggestions import listed
-from ....base.validation import check_adapter, check_flags
+from ....base.validation import check_adapter, check_flags, text
 from ....checkpoint.checks import warn_of_values
 from ....checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_json
 from ....checkpoint.keys import adapter_tensors
@@ -202,6 +202,8 @@ def load_lokr_file(
 def _placement(contents: LoKrFile, model: nn.Module, component: str | None) -> Placement:
     """Place the component that is for a model."""
     components = contents.components
+    for problem in text("component", component):
+        raise PeftTypeError(problem)
     if component is not None and component not in components:
         known = ", ".join(map(repr, components))
         raise PeftValueError(f"'{contents.source}' has no component {component!r}; it has {known}.")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ....base.calls.running import holds
-from ....base.errors import PeftNotSupportedError, PeftValueError
-from ....base.validation import check_flags
+from ....base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
+from ....base.validation import check_flags, text
 from ....checkpoint.files import write_tensors
 from ....checkpoint.paths import as_file
 from ....checkpoint.renamed_modules import names_in_files
@@ -90,7 +90,7 @@ def save_lokr_file(
     Raises:
         PeftValueError: There is no such layout or adapter, `path` is a folder, or `dtype` is not
             a floating-point dtype or too narrow for a value; nothing is written.
-        PeftTypeError: `path` is not a path.
+        PeftTypeError: `path` is not a path, `component` not a string, or `metadata` has others.
         PeftNotSupportedError: The adapter has something that such files can't hold. The message
             names it; nothing is written.
 
@@ -115,6 +115,13 @@ def save_lokr_file(
         )
     file = as_file(path)
     check_flags(original_names=original_names)
+    for problem in text("component", component):
+        raise PeftTypeError(problem)
+    header = metadata or {}
+    if not isinstance(header, Mapping) or not all(
+        isinstance(part, str) for entry in header.items() for part in entry
+    ):
+        raise PeftTypeError(f"`metadata`={metadata!r} must be a dictionary of strings.")
     chosen = LAYOUTS[layout]
     chosen = chosen if component is None else chosen._replace(component=component)
     adapter_name = adapter_of(model, adapter_name, LoKrLayer, " of LoKr")
@@ -125,7 +132,7 @@ def save_lokr_file(
         for name, module in modules.items()
         for key, tensor in _tensors(name, module, chosen, dtype)
     }
-    header = dict(metadata or {})
+    header = dict(header)
     if layout == "kohya":
         arguments = {"ss_network_args": json.dumps({"algo": "lokr"})}
         header = {"ss_network_module": "lycoris.kohya", **arguments, **header}

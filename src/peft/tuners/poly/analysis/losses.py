@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ....base.errors import PeftTypeError, PeftValueError
+from ....base.plain_values import plain
+from ....base.validation import number
 from ..router import Router, TaskRouter
 from . import metrics
 from .report import adapter_routers, poly_adapter
@@ -70,9 +72,9 @@ def routing_loss(
         A scalar with gradients.
 
     Raises:
-        PeftTypeError: There is no such argument.
-        PeftValueError: There is no such adapter, the choice is ambiguous, or routing by input was
-            not recorded.
+        PeftTypeError: There is no such argument, or `record` is another object.
+        PeftValueError: There is no such adapter, the choice is ambiguous, a factor is not a finite
+            number, or routing by input was not recorded.
 
     Example:
         >>> from peft import PolyConfig, get_peft_model
@@ -94,6 +96,11 @@ def routing_loss(
             f"skills for each task) and `balance` (all skills in use)."
             f"{prior if removed.keys() & {'ibp', 'ibp_alpha'} else ''}"
         )
+    for name, factor in (("entropy", entropy), ("balance", balance)):
+        for problem in () if isinstance(factor, Tensor) else number(name, plain(factor)):
+            raise PeftValueError(problem)
+    if not isinstance(record, (Mapping, type(None))):
+        raise PeftTypeError("`record` must be that of `recorded_routing`, weights by router.")
     terms = []
     for router in adapter_routers(model, poly_adapter(model, adapter_name)):
         weights = _weights(router, (record or {}).get(router))

@@ -76,9 +76,14 @@ class TaskCollator:
             *args, **kwargs: Arguments of the other collator.
 
         Raises:
-            PeftTypeError: A task is neither an integer nor a name.
-            PeftValueError: A sample has no task, or an unknown one.
+            PeftTypeError: A task is neither an integer nor a name, a sample is not a dictionary, or
+                the other collator's batch.
+            PeftValueError: There is no sample, or one has no task, or an unknown one.
         """
+        if not isinstance(samples, Sequence) or not all(isinstance(s, Mapping) for s in samples):
+            raise PeftTypeError("The samples of a batch must be a list of dictionaries.")
+        if not samples:
+            raise PeftValueError("The batch has no samples.")
         without = [i for i, sample in enumerate(samples) if sample.get("task_ids") is None]
         if without:
             raise PeftValueError(
@@ -91,6 +96,10 @@ class TaskCollator:
             {key: value for key, value in sample.items() if key != "task_ids"} for sample in samples
         ]
         batch = self.collator(columns, *args, **kwargs)
+        if not hasattr(batch, "keys"):
+            raise PeftTypeError(
+                f"`collator` made a {type(batch).__name__}; `task_ids` are put into a dictionary."
+            )
         prefixes = [""]
         if "input_ids" not in batch:
             texts = [key for key in batch if key.endswith("_input_ids")]
