@@ -299,6 +299,9 @@ def test_more_threads_than_the_model_has_room_for_wait(library, outputs):
         fleet.using(ADA, timeout="soon").__enter__()
     with pytest.raises(PeftTypeError, match="`names`=None must be a name or a list of names"):
         fleet.using(None).__enter__()
+    assert fleet.ensure([library[ADA], "__base__"]) == [ADA, "__base__"]
+    with fleet.using(library[ADA]) as names:
+        assert names == [ADA] and fleet.status().in_use == (ADA,)
 
 
 def test_threads_ask_for_different_users(library, outputs):

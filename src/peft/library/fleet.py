@@ -157,8 +157,8 @@ class AdapterFleet:
         """Put adapters on the model that are not there; the least recently used leave.
 
         Args:
-            names: A name, or one for each sample of a batch, in any number; `"__base__"` stands for
-                none.
+            names: A name or entry, or one for each sample of a batch, in any number; `"__base__"`
+                stands for none.
 
         Returns:
             The names, as the model's `adapter_names` takes them.
@@ -169,12 +169,11 @@ class AdapterFleet:
             CheckpointError: An adapter is broken or does not fit. In all cases the model is as it
                 was, but that adapters whose files changed may have left.
         """
-        asked = listed(names)
-        wanted = {name: self.library[name] for name in asked if name != BASE_MODEL}
+        asked = [None if name == BASE_MODEL else self.library[name] for name in listed(names)]
         with self._lock:
             self._reconcile()
-            self._load({entry.name: entry for entry in wanted.values()})
-            return [wanted[name].name if name in wanted else BASE_MODEL for name in asked]
+            self._load({entry.name: entry for entry in asked if entry is not None})
+            return [BASE_MODEL if entry is None else entry.name for entry in asked]
 
     @contextmanager
     def using(self, names: Names, timeout: float | None = 0.0) -> Iterator[list[str]]:
