@@ -441,6 +441,20 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
+class Bound(nn.Linear):
+    """A method that is chosen once; copies of the layer call the same, with its weight."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.chosen = self.multiply
+
+    def multiply(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def forward(self, x):
+        return self.chosen(x)
+
+
 class Coarse(nn.Linear):
     """A weight that is rounded to eight bits."""
 
@@ -450,7 +464,7 @@ class Coarse(nn.Linear):
 
 @pytest.mark.parametrize(
     "kind",
-    [Activated, Scaled, Lowered, Normalized, Masked, Residual, Counting, Coarse, nn.Linear],
+    [Activated, Scaled, Lowered, Normalized, Masked, Residual, Counting, Bound, Coarse, nn.Linear],
     ids=lambda kind: kind.__name__,
 )
 def test_a_merge_warns_of_layers_that_would_compute_something_else(kind):

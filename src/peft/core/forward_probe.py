@@ -85,6 +85,8 @@ def _difference(layer: nn.Module, weight: Tensor) -> float:
     if before.shape != product.shape:
         return float("nan")
     found = after - before
+    if not found.any():  # by a bound method, for example, the twin reads the layer's own weight
+        return float("nan")
     scale = (found * product).sum() / product.square().sum()
     difference = (found - product).norm() / product.norm()
     return float(torch.maximum(difference, _SCALES * (scale - 1).abs()))
