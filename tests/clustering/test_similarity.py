@@ -11,6 +11,7 @@ from torch import nn
 
 import peft
 from peft import LoKrConfig, LoraConfig, adapter_similarity, get_peft_model
+from peft.clustering import clusters_of
 
 
 def mlp(width=16):
@@ -133,6 +134,15 @@ def test_the_report_prints_and_writes(tmp_path):
     assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")
     adapter_similarity(model, ["cats"]).plot()
     assert "cats" in str(adapter_similarity(model, ["cats"]))
+
+
+def test_wrong_arguments_of_a_similarity():
+    similarity = adapter_similarity(adapter("LORA"))
+    for layer in (5, ["0"], "a"):
+        with pytest.raises(peft.PeftError, match="There are no inner products of layer"):
+            similarity.cosines(layer)
+    with pytest.raises(peft.PeftError, match="must be what `adapter_similarity` returns"):
+        clusters_of(5)
 
 
 def test_what_can_not_be_compared_is_named(tmp_path):

@@ -26,7 +26,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.base import missing_attribute
-from peft.tuners.poly import TaskCollator, routing_loss
+from peft.tuners.lora import CordaConfig, preprocess_corda
+from peft.tuners.poly import (
+    RoutingWatch,
+    TaskCollator,
+    TaskSampler,
+    metrics_by_task,
+    recorded_routing,
+    routing_loss,
+)
 from peft.tuners.vblora import VectorBank
 from peft.utils.hotswap import hotswap_adapter
 
@@ -370,11 +378,20 @@ def test_choices_that_are_misspelt():
         mixed.add_adapter("b", {"r": 2})
 
 
+def from_lycoris(model, settings=None):
+    return peft.lokr_config_from_lycoris(model, {} if settings is None else settings)
+
+
+def preset(**entries):
+    return {"algo": "lokr", "apply_preset": entries}
+
+
 def mistakes(file):
     base = nn.Sequential(nn.Linear(8, 8))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
     key, layer = next(iter(get_peft_model_state_dict(model))), model.base_model.model[0]
     digest = "a" * 64
+    corda = LoraConfig(target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig())
     collate = TaskCollator(list, PolyConfig())
     poly = get_peft_model(mlp(), PolyConfig(target_modules=["0"]))
     lokr = get_peft_model(mlp(), LoKrConfig(target_modules=["0"]))
@@ -406,6 +423,28 @@ def mistakes(file):
         (lambda: routing_loss(poly, entropy="a"), ValueError, "`entropy`='a' must be a finite"),
         (lambda: routing_loss(poly, balance=[1]), ValueError, r"`balance`=\[1\] must be a finite"),
         (lambda: routing_loss(poly, record=[]), TypeError, "`record` must be that of"),
+        (lambda: recorded_routing(3).__enter__(), TypeError, "must be an nn.Module"),
+        (lambda: RoutingWatch(dead_below="a"), ValueError, "`dead_below`='a' must be a finite"),
+        (lambda: RoutingWatch(flat_below=None), ValueError, "`flat_below`=None must be a finite"),
+        (lambda: TaskSampler(["a"], num_samples=2.5), ValueError, "`num_samples`=2.5 must be"),
+        (lambda: TaskSampler(["a"], seed="a"), TypeError, "`seed`='a' must be an integer"),
+        (lambda: metrics_by_task(dict, names=3), TypeError, "`names`=3 must be a list"),
+        (lambda: preprocess_corda(mlp(), 3), TypeError, "must be a LoraConfig"),
+        (lambda: preprocess_corda(mlp(), corda, 3), TypeError, "`run_model`=3 must be a function"),
+        (lambda: preprocess_corda(mlp(), corda, dict, 3), TypeError, "must be an nn.Module"),
+        (lambda: CordaConfig(cache_file=3), ValueError, "`cache_file`=3 must be a string or None"),
+        (lambda: peft.preprocess_loraga(mlp(), 3, dict), TypeError, "must be a LoraConfig"),
+        (lambda: peft.preprocess_loraga(mlp(), corda, 3), TypeError, "`train_step`=3 must be a"),
+        (lambda: peft.get_eva_state_dict(mlp(), 3, corda), TypeError, "`dataloader` must give"),
+        (lambda: peft.get_eva_state_dict(mlp(), [], corda, 3), TypeError, "`forward_fn`=3 must"),
+        (lambda: from_lycoris(3), TypeError, "must be an nn.Module"),
+        (lambda: from_lycoris(mlp(), 3), TypeError, "`settings`=3 must be a dictionary"),
+        (lambda: from_lycoris(mlp(), {"linear_dim": "a"}), ValueError, "`linear_dim`='a' must be"),
+        (lambda: from_lycoris(mlp(), preset(target_name="0")), TypeError, "must be a list of str"),
+        (lambda: from_lycoris(mlp(), preset(name_algo_map=["0"])), TypeError, "name → settings"),
+        (lambda: lokr.clip_weight_norms("a"), ValueError, "`largest`='a' must be a positive"),
+        (lambda: save_lokr_file(lokr, file, ["kohya"]), ValueError, "must be one of 'kohya'"),
+        (lambda: VectorBank(torch.ones(2, 2), 3), TypeError, "must be a list of digests"),
         (lambda: save_lokr_file(lokr, file, component=3), TypeError, "`component`=3 must be a str"),
         (lambda: save_lokr_file(lokr, file, metadata={"a": 1}), TypeError, "dictionary of strings"),
         (lambda: VectorBank(torch.ones(2, 2), ["xyz"]), TypeError, "must be a list of digests"),

@@ -173,6 +173,13 @@ def check_flags(**flags: object) -> None:
             raise PeftTypeError(f"`{name}`={value!r} must be True or False.")
 
 
+def check_functions(**functions: object) -> None:
+    """Check that arguments, passed by name, can be called."""
+    for name, value in functions.items():
+        if not callable(value):
+            raise PeftTypeError(f"`{name}`={value!r} must be a function.")
+
+
 def check_adapter(
     name: object, known: Iterable[str] | None = None, verb: str = "not found"
 ) -> None:

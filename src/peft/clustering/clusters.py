@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import PeftValueError
+from ..base.errors import PeftTypeError, PeftValueError
 from ..base.plain_values import plain
 from ..base.progress import track
 from ..base.suggestions import listed
@@ -304,6 +304,8 @@ def clusters_of(
     """Return the clusters of adapters whose similarity is known; arguments are those of
     `cluster_adapters`.
     """
+    if not isinstance(similarity, AdapterSimilarity):
+        raise PeftTypeError("`similarity` must be what `adapter_similarity` returns.")
     counts = _check_choices(k, method, metric, seed)
     n = len(similarity.names)
     if counts is None:

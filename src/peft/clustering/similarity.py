@@ -75,12 +75,12 @@ class AdapterSimilarity:
     def _of(self, layer: str | None) -> Tensor:
         if layer is None:
             return self.products
-        if layer in self.layers:
+        if isinstance(layer, str) and layer in self.layers:
             return self.layers[layer]
         kept = "they were not kept by layer" if not self.layers else f"{len(self.layers)} are"
         raise PeftValueError(
             f"There are no inner products of layer {layer!r}; {kept}."
-            f"{did_you_mean(layer, self.layers)}"
+            f"{did_you_mean(str(layer), self.layers)}"
         )
 
     def __repr__(self) -> str:

@@ -122,3 +122,42 @@ def test_a_library_gives_experts_in_memory(places, x):
         torch.testing.assert_close(model(x, task_ids=name), alone(x))
     with pytest.raises(TypeError, match="Expert 'a'.*pair"):
         peft.get_routed_model(mlp(), {"a": (1, 2, 3)})
+
+
+def test_arguments_of_other_types(places, x):
+    model = peft.get_routed_model(mlp(), places, routing="activation").eval()
+    with model.watch_experts() as watch:
+        pass
+    arrow, paths = peft.ArrowConfig(top_k=1), list(places.values())
+    gks = peft.ArrowConfig(top_k=1, use_gks=True)
+    before = snapshot(model)
+    for error, message, call in (
+        (TypeError, "Experts must be a dictionary", lambda: model.add_experts(paths)),
+        (
+            TypeError,
+            "Experts must be a dictionary",
+            lambda: peft.get_routed_model(mlp(), places, general_experts=paths),
+        ),
+        (
+            TypeError,
+            "`hub_options` must be a dictionary",
+            lambda: peft.get_routed_model(mlp(), places, hub_options="main"),
+        ),
+        (TypeError, "`experts`=5 must be a name", lambda: model.remove_experts(5)),
+        (TypeError, "'LORA' needs batches", lambda: model.collect_prototypes({"LORA": 5})),
+        (ValueError, "`measure`='wieght' must be", lambda: watch.report().mean("wieght")),
+        (
+            ValueError,
+            "at least one adapter path, in a list",
+            lambda: peft.create_arrow_model(mlp(), Path(paths[0]), arrow),
+        ),
+        (
+            ValueError,
+            "`general_adapter_paths`, a list",
+            lambda: peft.create_arrow_model(mlp(), paths, gks, paths[0]),
+        ),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert isinstance(caught.value, peft.PeftError)
+    assert_unchanged(before, model)

@@ -11,6 +11,8 @@ from torch import nn
 
 from ...base.calls.running import changing
 from ...base.errors import PeftValueError
+from ...base.plain_values import plain
+from ...base.validation import number
 from ...checkpoint.format import CheckpointFormat, ModuleShape, Shapes
 from ...core.base_layer import geometry
 from ...core.combining import Combination, Combined
@@ -125,8 +127,8 @@ class LoKrModel(LycorisTuner[LoKrConfig]):
             PeftValueError: `largest` is not above zero, or there is no such adapter; nothing is
                 changed.
         """
-        if not 0 < largest < float("inf"):
-            raise PeftValueError(f"`largest`={largest!r} must be a positive finite number.")
+        for problem in number("largest", plain(largest), positive=True):
+            raise PeftValueError(problem)
         norms: dict[str, float] = {}
         with changing(self):
             names = self.active_adapters if adapter_name is None else self.check_names(adapter_name)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import CheckpointError, PeftError, PeftValueError
+from ...base.modules import check_model
 from ...base.progress import track
 from ...base.suggestions import listed
+from ...base.validation import check_functions
 from ...core.base_layer import geometry
 from ...core.measuring import watched_inputs
 from ...core.weights import dense_weight
 from .config import LoraConfig
-from .start_data import linear_targets, read_cache, write_cache
+from .start_data import check_config, linear_targets, read_cache, write_cache
 from .starts.configs import CordaConfig
 from .starts.corda import CordaEigens, corda, covariance
 from .starts.first import EIGENS
@@ -50,6 +52,7 @@ def preprocess_corda(
         hooked_model: A model with modules of the same names to run in place of `model`.
 
     Raises:
+        PeftTypeError: An argument is of another type.
         PeftValueError: The config is not for CorDA or targets no module, a layer saw no input or
             one with values that are not finite, or `run_model` is missing; nothing is changed.
         CheckpointError: A file can't be read, or lacks a layer, or is for another rank.
@@ -69,6 +72,11 @@ def preprocess_corda(
 
     Source: arXiv:2406.05223, section 3
     """
+    check_config(lora_config)
+    if hooked_model is not None:
+        check_model(hooked_model)
+    if run_model is not None:
+        check_functions(run_model=run_model)
     options = lora_config.corda_config
     if lora_config.init_lora_weights != "corda" or options is None:
         raise PeftValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...base.calls.running import changing
 from ...base.constants import MODEL_ROOT
 from ...base.errors import PeftNotSupportedError, PeftTypeError, PeftValueError
-from ...base.validation import check_adapter
+from ...base.validation import check_adapter, check_functions
 from ...config import PeftConfig
 from ...core import plan as _plan
 from ...core.adapters import check_unsharded
@@ -125,10 +125,16 @@ def get_eva_state_dict(
 
     Raises:
         PeftValueError: There is no data, or every batch has fewer rows than a layer needs.
-        PeftTypeError: Batches or inputs are of a kind that needs functions of your own.
+        PeftTypeError: Batches or inputs are of a kind that needs functions of your own, or an
+            argument is of another type.
 
     Source: arXiv:2410.07170, algorithm 1
     """
+    if not isinstance(dataloader, Iterable):
+        raise PeftTypeError(f"`dataloader` must give batches, got {type(dataloader).__name__}.")
+    check_functions(forward_fn=forward_fn)
+    if prepare_model_inputs_fn is not None:
+        check_functions(prepare_model_inputs_fn=prepare_model_inputs_fn)
     configs: Mapping[str, PeftConfig] = {}
     unadapted: AbstractContextManager[None] = nullcontext()
     if isinstance(model, PeftModel):
@@ -185,6 +191,7 @@ def initialize_lora_eva_weights(
         gather_distributed_inputs, show_progress_bar: As for `get_eva_state_dict`.
 
     Raises:
+        PeftTypeError: An argument is of another type.
         PeftValueError: The adapter is not for EVA, several are active, or neither data nor
             directions are given.
         PeftRuntimeError: An engine has sharded the model.
@@ -239,6 +246,8 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
+    if not isinstance(eva_state_dict, Mapping):
+        raise PeftTypeError("`eva_state_dict` must be what `get_eva_state_dict` returns.")
     directions = {name.removeprefix(MODEL_ROOT): rows for name, rows in eva_state_dict.items()}
     with changing(model, [adapter_name]):
         put_directions(tuner, adapter_name, directions)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ...base.errors import CheckpointError, PeftValueError, warn
 from ...base.suggestions import listed
+from ...base.validation import check_functions
+from ...checkpoint.paths import as_path
 from ...core.measuring import in_mode
 from ...core.weights import is_quantized
 from .config import LoraConfig
-from .start_data import linear_targets, read_cache, write_cache
+from .start_data import check_config, linear_targets, read_cache, write_cache
 from .starts.gradient import GRADIENT
 
 __all__ = ["preprocess_loraga"]
@@ -42,6 +44,7 @@ def preprocess_loraga(
         cache_file: A file of the gradients: read if it exists, else written.
 
     Raises:
+        PeftTypeError: An argument is of another type.
         PeftValueError: The config is not for LoRA-GA or targets no linear layer, a weight is
             quantized, or no weight got a gradient; nothing is changed.
         CheckpointError: The file can't be read, or lacks a layer.
@@ -63,6 +66,10 @@ def preprocess_loraga(
 
     Source: arXiv:2407.05000, section 3
     """
+    check_config(lora_config)
+    check_functions(train_step=train_step)
+    if cache_file is not None:
+        as_path(cache_file, "cache_file")
     if lora_config.init_lora_weights != "lora_ga" or lora_config.lora_ga_config is None:
         raise PeftValueError(
             "If you want to use LoRA-GA, make the config with `init_lora_weights='lora_ga'` and a "

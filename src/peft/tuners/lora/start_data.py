@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...base.errors import PeftValueError
+from ...base.errors import PeftTypeError, PeftValueError
 from ...checkpoint.files import read_weights, write_file
 from ...core import plan as _plan
 from ...core.base_layer import innermost, is_linear
@@ -34,6 +34,12 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             f"{config.init_lora_weights!r} is for linear layers, and the targets are none."
         )
     return layers
+
+
+def check_config(config: object) -> None:
+    """Check that a config is one of LoRA."""
+    if not isinstance(config, LoraConfig):
+        raise PeftTypeError(f"`lora_config` must be a LoraConfig, got {type(config).__name__}.")
 
 
 def read_cache(file: str | os.PathLike[str] | None) -> dict[str, Tensor] | None:

@@ -58,7 +58,7 @@ def reorder_tasks(adapter: PolyAdapter, order: Sequence[Task]) -> None:
     numbers, n_tasks = adapter.task_numbers(order, "order"), adapter.config.n_tasks
     if sorted(numbers) != list(range(n_tasks)):
         raise PeftValueError(
-            f"`order`={list(order)} must have each of the adapter's {n_tasks} tasks once."
+            f"`order`={order!r} must have each of the adapter's {n_tasks} tasks once."
         )
     _select_old(adapter, numbers)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -89,14 +89,14 @@ def create_arrow_model(
         raise PeftTypeError(
             f"`arrow_config` must be an ArrowConfig, got {type(arrow_config).__name__}."
         )
-    if not task_specific_adapter_paths or isinstance(task_specific_adapter_paths, str):
+    if not _are_paths(task_specific_adapter_paths):
         raise PeftValueError(
             "`task_specific_adapter_paths` should contain at least one adapter path, in a list."
         )
-    if arrow_config.use_gks and not general_adapter_paths:
+    if arrow_config.use_gks and not _are_paths(general_adapter_paths):
         raise PeftValueError(
             "You should provide general LoRA paths if you want to use GenKnowSub: "
-            "`general_adapter_paths`."
+            "`general_adapter_paths`, a list."
         )
     hub, rest = split_hub_options(adapter_kwargs)
     general = list(general_adapter_paths or ()) if arrow_config.use_gks else []
@@ -121,6 +121,10 @@ def create_arrow_model(
     arrow_config.task_adapter_names = list(routed.experts)
     arrow_config.gks_adapter_names = list(routed.general_experts)
     return model
+
+
+def _are_paths(paths: object) -> bool:
+    return isinstance(paths, Collection) and not isinstance(paths, str) and len(paths) > 0
 
 
 def _source(path: str | os.PathLike[str], hub: HubOptions) -> Source:

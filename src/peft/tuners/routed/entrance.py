@@ -74,8 +74,10 @@ def get_routed_model(
 
     Source: arXiv:2405.11157, section 3.2
     """
-    if not isinstance(experts, Mapping):
-        raise PeftTypeError(f"`experts` must be a dictionary, name → folder, got {experts!r}.")
+    for field, given in (("experts", experts), ("hub_options", hub_options or {})):
+        if not isinstance(given, Mapping):
+            kind = "name → folder" if field == "experts" else "option → value"
+            raise PeftTypeError(f"`{field}` must be a dictionary, {kind}, got {given!r}.")
     if not experts:
         raise PeftValueError("There are no experts to route over; name at least one adapter.")
     if config is not None and options:
@@ -108,6 +110,8 @@ def described(
     model: nn.Module, experts: Mapping[str, Expert], deltas_only: bool
 ) -> tuple[dict[str, Source], dict[str, Deltas]]:
     """Return experts as the fields of a config, and the deltas of those in memory, by `key_of`."""
+    if not isinstance(experts, Mapping):
+        raise PeftTypeError(f"Experts must be a dictionary, name → folder, got {experts!r}.")
     sources: dict[str, Source] = {}
     in_memory: dict[str, Deltas] = {}
     for name, expert in experts.items():

@@ -77,6 +77,7 @@ def _batches(config: RoutedConfig, examples: Examples) -> dict[int, list[Batch]]
         )
     result = {}
     for name, given in examples.items():
+        given = given if isinstance(given, Iterable) else ()
         batches = [given] if isinstance(given, (Tensor, Mapping)) else list(given)
         if not batches or not all(isinstance(b, (Tensor, Mapping)) for b in batches):
             raise PeftTypeError(

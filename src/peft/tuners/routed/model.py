@@ -224,8 +224,11 @@ class RoutedModel(RoutingTuner[RoutedConfig]):
             adapter_name: By default the active adapter.
 
         Raises:
+            PeftTypeError: They are no names.
             PeftValueError: One is unknown, or none would be left; nothing is changed.
         """
+        if not isinstance(experts, Iterable):
+            raise PeftTypeError(f"`experts`={experts!r} must be a name or a list of names.")
         names = [experts] if isinstance(experts, str) else list(experts)
         with RoutedAdapter.to_change(self, adapter_name) as adapter:
             inventory.remove_experts(adapter, names)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...base.errors import PeftValueError
 from ...base.tables import left_out, table
+from ...base.validation import choice
 from ...checkpoint.files import write_report
 from .adapter import RoutedAdapter
 from .choice import Choice
@@ -88,6 +89,8 @@ class ExpertReport:
 
     def mean(self, measure: Literal["weight", "chosen"]) -> list[float]:
         """Return "weight" or "chosen" of each expert, the mean over layers."""
+        for problem in choice("measure", measure, ("weight", "chosen")):
+            raise PeftValueError(problem)
         if not self.layers:
             return [0.0] * len(self.experts)
         return torch.tensor([use[measure] for use in self.layers.values()]).mean(0).tolist()

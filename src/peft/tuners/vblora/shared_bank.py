@@ -13,7 +13,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,8 @@ class VectorBank:
                 "`vectors` must be a floating-point tensor `[num_vectors, vector_length]`, not "
                 f"{given}."
             )
-        if isinstance(replaces, str) or not all(
+        is_list = isinstance(replaces, Iterable) and not isinstance(replaces, str)
+        if not is_list or not all(
             isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in replaces
         ):
             raise PeftTypeError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from torch import nn
 
 from ....base.errors import PeftTypeError, PeftValueError
 from ....base.geometry import Geometry
+from ....base.modules import check_model
+from ....base.validation import name_list
 from ....core.base_layer import geometry
 from ....core.plan import own_modules
 from ....core.targets import exactly, patterns
@@ -75,6 +78,9 @@ def lokr_config_from_lycoris(model: nn.Module, settings: Settings) -> LoKrConfig
 
     Source: arXiv:2309.14859; LyCORIS's documentation of its arguments and presets
     """
+    check_model(model)
+    if not isinstance(settings, Mapping):
+        raise PeftTypeError(f"`settings`={settings!r} must be a dictionary of LyCORIS's arguments.")
     preset = settings.get("apply_preset", settings.get("preset")) or {}
     if not isinstance(preset, Mapping):
         raise PeftTypeError(
@@ -85,6 +91,15 @@ def lokr_config_from_lycoris(model: nn.Module, settings: Settings) -> LoKrConfig
         raise PeftTypeError(
             f"LyCORIS's LoKr has no setting {', '.join(map(repr, unknown))} that is known here."
         )
+    for key in ("target_module", "target_name", "exclude_name"):
+        for problem in name_list(key, preset.get(key)):
+            raise PeftTypeError(problem)
+    for key in ("module_algo_map", "name_algo_map"):
+        given = preset.get(key) or {}
+        if not isinstance(given, Mapping) or not all(
+            isinstance(v, Mapping) for v in given.values()
+        ):
+            raise PeftTypeError(f"`{key}`={given!r} must be a dictionary, name → settings.")
     modules = own_modules(model)
     layers: dict[str, _Layer] = {}
     for path, own in _Preset(preset).choose(modules).items():
@@ -113,13 +128,13 @@ class _Preset:
     """A preset of LyCORIS: the modules to adapt, by class or by name, and settings of their own."""
 
     def __init__(self, preset: Settings) -> None:
-        self.by_class: Mapping[str, Settings] = preset.get("module_algo_map", {})
-        self.by_name: Mapping[str, Settings] = preset.get("name_algo_map", {})
+        self.by_class: Mapping[str, Settings] = preset.get("module_algo_map") or {}
+        self.by_name: Mapping[str, Settings] = preset.get("name_algo_map") or {}
         chooses = ("target_module", "target_name", "module_algo_map", "name_algo_map")
         default = () if any(key in preset for key in chooses) else _LAYER_CLASSES
-        self.classes = {*preset.get("target_module", default), *self.by_class}
-        self.names = [*self.by_name, *preset.get("target_name", [])]
-        self.excluded = preset.get("exclude_name", [])
+        self.classes = {*(preset.get("target_module", default) or ()), *self.by_class}
+        self.names = [*self.by_name, *(preset.get("target_name") or ())]
+        self.excluded = preset.get("exclude_name") or ()
         self.wildcards = bool(preset.get("use_fnmatch"))
 
     def fits(self, pattern: str, path: str) -> bool:
@@ -182,10 +197,10 @@ def _layer(settings: Settings, size: Geometry) -> _Layer:
     """Return the options of one layer. LyCORIS swaps a factor above the square root, and takes the
     rank for alpha if both sides are full.
     """
-    r, alpha = int(settings.get("linear_dim") or 4), float(settings.get("linear_alpha", 1) or 0)
+    r, alpha = int(_number(settings, "linear_dim") or 4), _number(settings, "linear_alpha", 1) or 0
     if _is_spatial(size):
-        r, alpha = int(settings.get("conv_dim") or r), float(settings.get("conv_alpha") or alpha)
-    factor = int(settings.get("factor", -1))
+        r, alpha = int(_number(settings, "conv_dim") or r), _number(settings, "conv_alpha") or alpha
+    factor = int(_number(settings, "factor", -1))
     (a, c), (b, d) = (
         sorted(factorization(n, factor)) for n in (size.out_features, size.in_features)
     )
@@ -194,6 +209,18 @@ def _layer(settings: Settings, size: Geometry) -> _Layer:
     is_full = 2 * r >= max(c, d) and not (settings.get("decompose_both") and 2 * r < max(a, b))
     alpha = float(r) if is_full or not alpha else alpha
     return _Layer(r, int(alpha) if alpha == int(alpha) else alpha, (a, b))
+
+
+def _number(settings: Settings, name: str, default: float = 0) -> float:
+    """Return a setting that is a number, or a text of one as in commands."""
+    value = settings.get(name, default)
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PeftValueError(f"`{name}`={value!r} must be a finite number.")
+    return number
 
 
 def _is_spatial(size: Geometry) -> bool:

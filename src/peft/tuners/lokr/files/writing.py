@@ -104,7 +104,7 @@ def save_lokr_file(
         ['lora_unet_0.alpha', 'lora_unet_0.lokr_w1', 'lora_unet_0.lokr_w2_a',
         'lora_unet_0.lokr_w2_b']
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise PeftValueError(
             f"`layout`={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}; "
             "`save_pretrained` writes Hugging Face PEFT's."

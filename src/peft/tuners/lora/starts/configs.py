@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from ....base.errors import PeftTypeError, PeftValueError
 from ....base.field_help import add_field_help
-from ....base.validation import at_least, boolean, choice, number
+from ....base.validation import at_least, boolean, choice, number, text
 from .gradient import DIRECTIONS, SCALES
 
 S = TypeVar("S", bound="StartConfig")
@@ -129,11 +129,13 @@ class CordaConfig(StartConfig):
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
             file = getattr(self, name)
-            setattr(self, name, None if file is None else os.fspath(file))
+            setattr(self, name, os.fspath(file) if isinstance(file, os.PathLike) else file)
         super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
         yield from choice("corda_method", self.corda_method, ("ipm", "kpm"))
+        for name in ("cache_file", "covariance_file"):
+            yield from text(name, getattr(self, name))
         for name in ("verbose", "use_float16_for_covariance", "prune_temporary_fields"):
             yield from boolean(name, getattr(self, name))
 

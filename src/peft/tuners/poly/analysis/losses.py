@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....base.errors import PeftTypeError, PeftValueError
+from ....base.modules import check_model
 from ....base.plain_values import plain
 from ....base.validation import number
 from ..router import Router, TaskRouter
@@ -25,7 +26,11 @@ def recorded_routing(model: nn.Module) -> Iterator[dict[Router, list[Tensor]]]:
 
     Yields:
         Weights `[..., n_splits, n_skills]` by router, a tensor for each call of the router.
+
+    Raises:
+        PeftTypeError: `model` is not a torch module.
     """
+    check_model(model)
     record: dict[Router, list[Tensor]] = {}
 
     def keep(router: Router, args: tuple[object, ...], weights: Tensor) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....base.errors import PeftValueError, PeftWarning
-from ....config import is_int
+from ....base.plain_values import plain
+from ....base.validation import is_int, number
 from ....integrations.distributed import unwrap_model
 from ..router import TaskRouter
 from .report import LayerMeasures, layer_measures, mean_measures, poly_adapter, task_routers
@@ -60,6 +61,10 @@ class RoutingWatch:
         flat_below: float = 0.1,
         flat_after: int = 100,
     ) -> None:
+        fractions = {"dead_below": dead_below, "collapsed_above": collapsed_above}
+        for name, value in {**fractions, "flat_below": flat_below}.items():
+            for problem in number(name, plain(value)):
+                raise PeftValueError(problem)
         if not (
             0 <= dead_below < 1
             and 0 < collapsed_above <= 1

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ....base.errors import PeftTypeError, PeftValueError
@@ -39,7 +39,9 @@ def metrics_by_task(
         PeftValueError: In evaluation: a task has no name among them.
     """
     if names is not None and (
-        isinstance(names, str) or not all(isinstance(name, str) for name in names)
+        isinstance(names, str)
+        or not isinstance(names, Iterable)
+        or not all(isinstance(name, str) for name in names)
     ):
         raise PeftTypeError(f"`names`={names!r} must be a list of the tasks' names by id, or None.")
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ....base.errors import PeftTypeError, PeftValueError
+from ....base.plain_values import plain
+from ....base.validation import at_least, is_int
 
 
 class TaskSampler(Sampler[int]):
@@ -25,7 +27,7 @@ class TaskSampler(Sampler[int]):
         seed: Seed of the order, together with the epoch; the same on all processes.
 
     Raises:
-        PeftTypeError: `tasks` is not a list of ids or names.
+        PeftTypeError: `tasks` is not a list of ids or names, or `seed` not an integer.
         PeftValueError: There are no samples, or a value is not allowed.
 
     Example:
@@ -53,8 +55,11 @@ class TaskSampler(Sampler[int]):
             raise PeftValueError(
                 f"`temperature`={temperature!r} must be at least 1; math.inf draws all tasks alike."
             )
-        if num_samples is not None and num_samples < 1:
-            raise PeftValueError(f"`num_samples`={num_samples} must be at least 1.")
+        number, seed = plain(num_samples), plain(seed)
+        for problem in () if number is None else at_least("num_samples", number, most=None):
+            raise PeftValueError(problem)
+        if not is_int(seed):
+            raise PeftTypeError(f"`seed`={seed!r} must be an integer.")
         self.groups: dict[Hashable, list[int]] = {}
         for i, given in enumerate(tasks):
             task = given.tolist() if isinstance(given, Tensor) else given  # tensors are never equal
@@ -62,7 +67,7 @@ class TaskSampler(Sampler[int]):
                 raise PeftTypeError(f"`tasks[{i}]`={given!r} must be one task, an id or a name.")
             self.groups.setdefault(task, []).append(i)
         self.temperature, self.seed, self.epoch = temperature, seed, 0
-        self.num_samples = num_samples or len(tasks)
+        self.num_samples = number or len(tasks)
 
     def __repr__(self) -> str:
         return (
