@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..base.tensors import check_values
 from ..base.tracing import shapes
 from . import mixed_precision
+from .batched import batched_product
 from .derivatives import gradients_again
 from .dispatch import is_batched, owns_output
 from .mixed_precision import scaled
@@ -148,7 +149,9 @@ def _first_product(x: Tensor, down: Tensor | None) -> Tensor:
     if down is None:
         return x
     rows = _as_operand(x, down)
-    return rows @ down if x.dtype == down.dtype else mixed_precision.down(rows, down)
+    if x.dtype != down.dtype:
+        return mixed_precision.down(rows, down)
+    return rows @ down if down.dim() == 2 else batched_product(rows, down)
 
 
 def _as_operand(x: Tensor, down: Tensor) -> Tensor:

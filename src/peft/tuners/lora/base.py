@@ -303,7 +303,7 @@ class LoraLayer(BaseTunerLayer):
 
     def decomposition(self, adapter_name: str) -> dora.Decomposition | None:
         """Return the norms of a DoRA adapter."""
-        if adapter_name not in self.lora_magnitude_vector:
+        if adapter_name not in self._modules["lora_magnitude_vector"]._modules:
             return None
         return dora.Decomposition(
             lambda: gathered_tensor(self.lora_magnitude_vector[adapter_name]()).flatten(),
