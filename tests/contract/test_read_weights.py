@@ -139,6 +139,26 @@ def test_a_saved_adapter_of_such_a_layer_is_loaded_with_a_warning(tmp_path, monk
     torch.testing.assert_close(loaded(x), model(x))
 
 
+def test_a_saved_adapter_of_the_last_layer_of_an_attention_acts_when_merged(tmp_path):
+    """Hugging Face PEFT writes such adapters for "all-linear"."""
+    config = LoKrConfig(r=2, target_modules=["out_proj"], init_weights=False)
+    plain = nn.ModuleDict({"attention": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
+    adapted = get_peft_model(plain, config)
+    adapted.save_pretrained(tmp_path)
+    delta = adapted.base_model.model["attention"]["out_proj"].get_delta_weight("default")
+
+    attention = nn.MultiheadAttention(8, 2).eval()
+    expected = copy.deepcopy(attention)
+    with pytest.warns(UserWarning, match="`attention.out_proj`: nn.MultiheadAttention reads"):
+        loaded = PeftModel.from_pretrained(nn.ModuleDict({"attention": attention}), tmp_path)
+    x = torch.randn(5, 8)
+    unmerged = loaded.base_model.model["attention"](x, x, x)[0]
+    torch.testing.assert_close(unmerged, expected(x, x, x)[0])
+    merged = loaded.merge_and_unload()["attention"]
+    expected.out_proj.weight.data += delta
+    torch.testing.assert_close(merged(x, x, x)[0], expected(x, x, x)[0])
+
+
 def test_a_layer_that_quantized_models_call_is_adapted_there(monkeypatch):
     model, config = nn.ModuleDict({"mixer": Falcon()}), LoraConfig(target_modules=["dt_proj"])
     with pytest.raises(UnsupportedModuleError, match="never calls it"):

@@ -12,10 +12,9 @@ from .base_layer import geometry, innermost
 from .forward_probe import has_other_output
 
 
-def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
+def unfit_reason(parent: nn.Module, name: str) -> str | None:
     """Return the reason why `parent.name` can't have an adapter, None if it can: its weights are
-    complex numbers, and a delta would lose their imaginary part; or code of torch or of kernels
-    reads them.
+    complex numbers, and a delta would lose their imaginary part.
     """
     layer = innermost(parent.get_submodule(name))
     dtype = next(
@@ -24,6 +23,24 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
     if dtype is not None:
         return (
             f"its weights are complex numbers ({dtype}), and adapters are real; adapt other layers"
+        )
+    return None
+
+
+def lost_reason(parent: nn.Module, name: str, model_type: str | None) -> str | None:
+    """Return the reason why an adapter of the output of `parent.name` would be lost, at least in
+    some calls: the parent, torch or a kernel computes with the layer's weight; or can't be added to
+    it, since the layer returns something else than its product. None if the adapter acts.
+
+    A linear layer that is called too is adapted, since one of the two branches is for special
+    hardware. A convolution is called once, and read in each step of decoding after that.
+    """
+    layer, parent = innermost(parent.get_submodule(name)), innermost(parent)
+    if has_other_output(layer):
+        return (
+            f"{type(layer).__name__} has a `forward` of its own, whose output is not one tensor of "
+            "the size that its settings give (it pads the input, or returns a tuple, for example), "
+            "so an adapter's output can't be added to it; adapt other layers"
         )
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return (
@@ -37,24 +54,6 @@ def unfit_reason(parent: nn.Module, name: str, model_type: str | None) -> str | 
         return (
             f"{name} is incompatible with Mamba-based models: the fused kernels of {model_type} "
             "read this layer's weight and never call it; adapt `in_proj` or `x_proj`"
-        )
-    return None
-
-
-def lost_reason(parent: nn.Module, name: str) -> str | None:
-    """Return the reason why an adapter of the output of `parent.name` would be lost, at least in
-    some calls: the parent computes with the layer's weight; or can't be added to it, since the
-    layer returns something else than its product. None if the adapter acts.
-
-    A linear layer that is called too is adapted, since one of the two branches is for special
-    hardware. A convolution is called once, and read in each step of decoding after that.
-    """
-    layer, parent = innermost(parent.get_submodule(name)), innermost(parent)
-    if has_other_output(layer):
-        return (
-            f"{type(layer).__name__} has a `forward` of its own, whose output is not one tensor of "
-            "the size that its settings give (it pads the input, or returns a tuple, for example), "
-            "so an adapter's output can't be added to it; adapt other layers"
         )
     kind: type = type(parent)
     uses, size = child_uses(kind), geometry(layer)

@@ -365,7 +365,7 @@ def _adaptable(tuner: TargetRules[C], config: C, modules: Mapping[str, nn.Module
 def _unfit_reason(model: nn.Module, path: str) -> str | None:
     """Return the reason why the module at `path` gets no new adapter, None if it does."""
     parent, _, name = get_submodules(model, path)
-    return unfit_reason(parent, name, model_type(model)) or lost_reason(parent, name)
+    return unfit_reason(parent, name) or lost_reason(parent, name, model_type(model))
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -451,10 +451,10 @@ def _check_modules(tuner: TargetRules[C], plan: Plan[C], is_new: bool) -> None:
     for path, module in plan.targets.items():
         base = base_layer.adapted_module(module, tuner.tuner_layer_cls)
         parent, _, name = get_submodules(tuner.model, path)
-        lost = lost_reason(parent, name)
+        lost = lost_reason(parent, name, model_type(tuner.model))
         if lost and not is_new:
             warn(f"`{path}`: {lost}.")
-        if reason := unfit_reason(parent, name, model_type(tuner.model)) or (is_new and lost):
+        if reason := unfit_reason(parent, name) or (is_new and lost):
             unsupported.append(f"`{path}`: {reason}.")
         elif reason := parameter_targets.twice_reason(path, module):
             unsupported.append(reason)
