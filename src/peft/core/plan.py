@@ -267,7 +267,8 @@ def _trainable_copies(
         if not any(p != other and _targets.is_inside(p, other) for other in found)
     }
     for path, module in outermost.items():
-        _check_sizes(path, module.parameters())
+        if not isinstance(module, AuxiliaryTrainingWrapper):  # has copies, whose sizes are known
+            _check_sizes(path, module.parameters())
     if unfit := {p: m for p, m in outermost.items() if isinstance(m, _CONTAINERS)}:
         named = ", ".join(f"{type(module)} (`{path}`)" for path, module in unfit.items())
         raise PeftTypeError(

@@ -328,7 +328,8 @@ def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, torch.dtype]
 def _mix(weights: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return `A_w`, whose splits are `Σ_s w[q, s] A[q, s]`, and `B_w`, in a dtype."""
     weights = weights.to(A.dtype)
-    if A.shape[0] == 1:
+    ((n_splits, *_),) = shapes(A)
+    if n_splits == 1:
         A_w, B_w = _mix_one_split(weights, A), _mix_one_split(weights, B)
     else:
         A_w = torch.einsum("bqs,qsdr->bqdr", weights, A).flatten(1, 2)
