@@ -28,6 +28,8 @@ def test_a_batched_product_and_its_gradients(dtype, columns, rows, interleaved):
     x.requires_grad_()
     factor.requires_grad_()
     result = batched_product(x, factor)
+    is_transposed = rows >= 32 and columns in (2, 10) and interleaved and dtype == torch.float32
+    assert (result.stride(2) != 1) == is_transposed or columns == 1
     found = [result, *torch.autograd.grad(result, (x, factor), cotangent)]
     bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]
     for tensor, expected in zip(found, exact, strict=True):

@@ -44,8 +44,8 @@ def lost_reason(parent: nn.Module, name: str, model_type: str | None) -> str | N
         )
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return (
-            "nn.MultiheadAttention reads this layer's weight and never calls it; target the whole "
-            "MultiheadAttention in place of this layer"
+            "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter of "
+            "its output acts only when merged; target the whole MultiheadAttention in place of it"
         )
     if model_type in ("mamba", "falcon_h1", "falcon_mamba", "mamba2", "nemotron_h") and name in (
         "out_proj",
