@@ -13,7 +13,7 @@ from ..base.calls.adapter_batch import AdapterBatch
 from ..base.calls.layout import RowLayout
 from ..base.calls.rows import RowOwners
 from ..ops.nested import dense
-from .base_layer import no_product
+from .base_layer import output_dtype
 
 
 class _Layer(Protocol):
@@ -37,10 +37,7 @@ def apply_to_batch(layer: _Layer, batch: AdapterBatch, x: Tensor, result: Tensor
     if batch.only is not None:
         if batch.only not in layer.scaling:
             return result
-        try:
-            dtype = result.dtype
-        except AttributeError:
-            raise no_product(layer, result) from None
+        dtype = output_dtype(layer, result)
         return layer.apply_to_any(batch.only, x, result).to(dtype)
     owners, x = batch.row_owners(x, layer), dense(x)
     if not owners.sequence_first:
@@ -61,10 +58,7 @@ def apply_one_by_one(
     if not by_adapter:
         return result
     owner = owners.owner
-    try:
-        dtype = result.dtype
-    except AttributeError:
-        raise no_product(layer, result) from None
+    dtype = output_dtype(layer, result)
     changed = [
         layer.apply_to_samples(
             name, batch.samples[name], x[rows], result[rows], None if owner is None else owner[rows]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..base.containers import walk
@@ -165,12 +166,16 @@ def describe(module: nn.Module) -> str:
     return text[0] if len(text) == 1 else type(module).__name__
 
 
-def no_product(module: Any, output: object) -> UnsupportedModuleError:
-    """Return the error for an output that an adapter's can't be added to."""
-    return UnsupportedModuleError(
-        f"{type(innermost(module)).__name__} returned a {type(output).__name__}, not one tensor, "
-        "so an adapter's output can't be added to it; leave the layer out (`exclude_modules`)."
-    )
+def output_dtype(module: Any, output: Any) -> torch.dtype:
+    """Return the dtype of a layer's output; raise for one that an adapter's can't be added to."""
+    try:
+        return output.dtype
+    except AttributeError:
+        raise UnsupportedModuleError(
+            f"{type(innermost(module)).__name__} returned a {type(output).__name__}, not one "
+            "tensor, so an adapter's output can't be added to it; leave the layer out "
+            "(`exclude_modules`)."
+        ) from None
 
 
 def conv_options(module: nn.Module) -> dict[str, Any]:

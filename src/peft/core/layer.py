@@ -31,7 +31,7 @@ from ..ops.mixed_precision import can_stay
 from ..ops.nested import as_tokens, dense, nested_like
 from . import adapters, dora
 from .adapters_by_sample import apply_one_by_one, apply_to_batch
-from .base_layer import embedding_geometry, geometry, innermost, no_product
+from .base_layer import embedding_geometry, geometry, innermost, output_dtype
 from .merge_requests import check_order, checked_names, warn_of_merged
 from .merges import Merge, Merges
 from .method_info import AdapterCost
@@ -49,6 +49,7 @@ class BaseTunerLayer(nn.Module):
         other_param_names: Attributes with values by adapter name that the interface lists.
         container_names: All containers, by default `adapter_layer_names`.
         value_names: All values except `scaling`, by default `other_param_names`.
+        base_layer: The adapted layer.
         scaling: The scale of each adapter's delta, by name. Its keys are the layer's adapters.
         merged_adapters: Adapters merged into the base weight, in the order of merging.
         layout: The layout of the rows of its input.
@@ -125,10 +126,7 @@ class BaseTunerLayer(nn.Module):
             chain = self.delta_chain(names[0], x)
         if chain is None:
             result = base(x, *args, **kwargs)
-            try:
-                dtype = result.dtype
-            except AttributeError:
-                raise no_product(base, result) from None
+            dtype = output_dtype(base, result)
         else:
             result, dtype, names = linear_with_chain(base, x, chain), x.dtype, names[1:]
         for adapter_name in names:
@@ -192,8 +190,9 @@ class BaseTunerLayer(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter's delta is a matrix, and so has low-rank factors."""
-        own, stated = type(self), ("get_delta_weight", "delta_recipe")
-        return any(getattr(own, name) is not getattr(BaseTunerLayer, name) for name in stated)
+        kind, base = type(self), BaseTunerLayer
+        is_stated = kind.get_delta_weight is not base.get_delta_weight
+        return is_stated or kind.delta_recipe is not base.delta_recipe
 
     def low_rank_factors(
         self, adapter_name: str, rank: int | float | None = None, **options: Any
